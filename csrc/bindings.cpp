@@ -1,0 +1,76 @@
+// The roof: every operator's schema and its eager Python entry, one line each.
+//
+// An entry calls the dispatcher's typed handle, never a kernel: a kernel called past the dispatcher would silently
+// return tensors without gradients.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "simd.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using at::Tensor;
+
+// What Python hands over for a schema's list arguments.
+template <typename T>
+struct Held {
+  using type = T;
+};
+template <typename T>
+struct Held<c10::ArrayRef<T>> {
+  using type = std::vector<T>;
+};
+template <>
+struct Held<const c10::List<std::optional<Tensor>>&> {
+  using type = std::vector<std::optional<Tensor>>;
+};
+
+template <typename Signature>
+struct Entry;
+
+template <typename Result, typename... Args>
+struct Entry<Result(Args...)> {
+  static void bind(py::module_& m, const char* name) {
+    const auto handle = c10::Dispatcher::singleton()
+                            .findSchemaOrThrow((std::string("wgan_ext::") + name).c_str(), "")
+                            .typed<Result(Args...)>();
+    m.def(name, torch::wrap_pybind_function_no_gil(
+                    [handle](typename Held<Args>::type... args) -> Result { return handle.call(args...); }));
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY(wgan_ext, m) {
+  // clang-format off
+  // critic
+  // spectral
+  // sinkhorn
+  // clang-format on
+  static_cast<void>(m);
+}
+
+PYBIND11_MODULE(_C, m) {
+  // critic
+  // spectral
+  // sinkhorn
+
+  // build facts
+  m.attr("torch_version") = py::make_tuple(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH);
+#if defined(WGAN_EXT_CUDA)
+  m.attr("cuda_architectures") = WGAN_EXT_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
+  m.def("simd_level", &wgan_ext::simd_level_name);
+}

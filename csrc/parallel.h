@@ -1,0 +1,18 @@
+// The parallel loop of the CPU kernels. Work is cut into chunks by shape alone, never by the number of threads, so that
+// results do not depend on it; reductions over chunks are summed in chunk order by the caller.
+#pragma once
+#include <cstdint>
+
+namespace wgan_ext {
+
+// Calls body(context, chunk) for every chunk in [0, chunks), on torch's intra-op threads (parallel.cpp).
+void parallel_chunks(int64_t chunks, void (*body)(const void* context, int64_t chunk), const void* context);
+
+template <typename Body>
+void parallel_for(int64_t chunks, const Body& body) {
+  if (chunks == 1) return body(int64_t{0});
+  parallel_chunks(
+      chunks, [](const void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); }, &body);
+}
+
+}  // namespace wgan_ext

@@ -1,0 +1,20 @@
+"""Fast, exact gradient penalties, spectral normalization and Sinkhorn divergences for PyTorch."""
+
+import torch as _torch  # loads libtorch, which the extension links to
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"wgan_ext's extension is not built for this Python and torch {_torch.__version__} ({error}): "
+        "run `make build` in the checkout, or `pip install --no-build-isolation .`"
+    ) from error
+from ._build import BuildInfo, build_info, check_build
+
+check_build()
+
+__version__ = "0.1.0"
+__all__ = [
+    "BuildInfo",
+    "build_info",
+]
