@@ -25,6 +25,7 @@ else
 endif
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CLANG_FORMAT = $(LINT_PY) -c "import clang_format; clang_format.clang_format()"
 export PYTHONPATH := $(CURDIR)
 
 .PHONY: help train test bench lint format build clean
@@ -44,12 +45,12 @@ lint: $(LINT_READY)  ## what CI and pre-commit run: ruff, mypy --strict, clang-f
 	$(LINT_PY) -m ruff check .
 	$(LINT_PY) -m ruff format --check .
 	$(LINT_PY) -m mypy
-	@$(LINT_PY) -m clang_format --dry-run --Werror $(CPP)
+	@$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 
 format: $(LINT_READY)  ## rewrite the sources as lint wants them
 	$(LINT_PY) -m ruff check --fix .
 	$(LINT_PY) -m ruff format .
-	$(LINT_PY) -m clang_format -i $(CPP)
+	$(CLANG_FORMAT) -i $(CPP)
 
 build: $(READY)  ## build the extension in place; only what changed
 	@mkdir -p build

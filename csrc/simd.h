@@ -2,8 +2,8 @@
 //
 // A tower's cpu.cpp is compiled once per level, by three short stubs that define WGAN_EXT_LEVEL_<...> and include it.
 // This header must be its LAST include: the target pragma below holds for everything after it, and a standard inline
-// function compiled for AVX would be merged with the portable one by the linker and crash older processors. For the same
-// reason kernels use nothing from the standard library below this point.
+// function compiled for AVX would be merged with the portable one by the linker and crash older processors. For the
+// same reason kernels use nothing from the standard library below this point.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,30 +22,30 @@ const char* simd_level_name();
 
 }  // namespace wgan_ext
 
-// In a tower's kernels.h, after `template <typename T> struct Table` (its function pointers): declares the table of every
-// level, each defined in that level's compilation of cpu.cpp, and defines Table<T>::cpu, which picks one.
+// In a tower's kernels.h, after `template <typename T> struct Table` (its function pointers): declares the table of
+// every level, each defined in that level's compilation of cpu.cpp, and defines Table<T>::cpu, which picks one.
 #define WGAN_EXT_DECLARE_LEVEL(Table, level) \
   namespace level {                          \
   template <typename T>                      \
   const Table<T>& table();                   \
   }
 #if defined(__x86_64__)
-#define WGAN_EXT_CPU_TABLES(Table)                               \
-  WGAN_EXT_DECLARE_LEVEL(Table, portable)                        \
-  WGAN_EXT_DECLARE_LEVEL(Table, avx2)                            \
-  WGAN_EXT_DECLARE_LEVEL(Table, avx512)                          \
-  template <typename T>                                          \
-  const Table<T>& Table<T>::cpu(SimdLevel level) {               \
-    if (level == SimdLevel::avx512) return avx512::table<T>();   \
-    if (level == SimdLevel::avx2) return avx2::table<T>();       \
-    return portable::table<T>();                                 \
+#define WGAN_EXT_CPU_TABLES(Table)                             \
+  WGAN_EXT_DECLARE_LEVEL(Table, portable)                      \
+  WGAN_EXT_DECLARE_LEVEL(Table, avx2)                          \
+  WGAN_EXT_DECLARE_LEVEL(Table, avx512)                        \
+  template <typename T>                                        \
+  const Table<T>& Table<T>::cpu(SimdLevel level) {             \
+    if (level == SimdLevel::avx512) return avx512::table<T>(); \
+    if (level == SimdLevel::avx2) return avx2::table<T>();     \
+    return portable::table<T>();                               \
   }
 #else
-#define WGAN_EXT_CPU_TABLES(Table)                 \
-  WGAN_EXT_DECLARE_LEVEL(Table, portable)          \
-  template <typename T>                            \
-  const Table<T>& Table<T>::cpu(SimdLevel) {       \
-    return portable::table<T>();                   \
+#define WGAN_EXT_CPU_TABLES(Table)           \
+  WGAN_EXT_DECLARE_LEVEL(Table, portable)    \
+  template <typename T>                      \
+  const Table<T>& Table<T>::cpu(SimdLevel) { \
+    return portable::table<T>();             \
   }
 #endif
 
@@ -66,7 +66,8 @@ const char* simd_level_name();
 #define WGAN_EXT_STRING_(x) #x
 #define WGAN_EXT_STRING(x) WGAN_EXT_STRING_(x)
 #if defined(WGAN_EXT_TARGET) && defined(__clang__)
-#define WGAN_EXT_CLANG_TARGET(t) _Pragma(WGAN_EXT_STRING(clang attribute push(__attribute__((target(t))), apply_to = function)))
+#define WGAN_EXT_CLANG_TARGET(t) \
+  _Pragma(WGAN_EXT_STRING(clang attribute push(__attribute__((target(t))), apply_to = function)))
 WGAN_EXT_CLANG_TARGET(WGAN_EXT_TARGET)
 #elif defined(WGAN_EXT_TARGET)
 #define WGAN_EXT_GCC_TARGET(t) _Pragma(WGAN_EXT_STRING(GCC target(t)))

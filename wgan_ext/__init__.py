@@ -3,7 +3,7 @@
 import torch as _torch  # loads libtorch, which the extension links to
 
 try:
-    from . import _C
+    from . import _C as _C
 except ImportError as error:
     raise ImportError(
         f"wgan_ext's extension is not built for this Python and torch {_torch.__version__} ({error}): "

@@ -1,8 +1,8 @@
 """The operators as Python calls them.
 
-Eager code uses the pybind11 entries of ``wgan_ext._C`` (0.7 us a call), code being compiled uses ``torch.ops.wgan_ext``
-(which torch can trace); both go through the dispatcher and mean the same. Beside each operator stand its fake kernel and
-its autocast rule, which torch needs to know; checks and kernels are in ``csrc``.
+Eager code uses the pybind11 entries of ``wgan_ext._C`` (0.7 us a call), code being compiled uses
+``torch.ops.wgan_ext`` (which torch can trace); both go through the dispatcher and mean the same. Beside each operator
+stand its fake kernel and its autocast rule, which torch needs to know; checks and kernels are in ``csrc``.
 """
 
 from __future__ import annotations

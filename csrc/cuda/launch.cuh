@@ -21,13 +21,13 @@ inline void check_cuda(cudaError_t status, const char* what) {
 
 }  // namespace wgan_ext
 
-#define WGAN_EXT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
-  do {                                                                                        \
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);    \
-    ::wgan_ext::check_cuda(cudaGetLastError(), "launch of " #kernel);                         \
+#define WGAN_EXT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                    \
+  do {                                                                                     \
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::wgan_ext::check_cuda(cudaGetLastError(), "launch of " #kernel);                      \
   } while (0)
 
-#define WGAN_EXT_DYNAMIC_SHARED(T, name)                            \
-  extern __shared__ __align__(16) unsigned char wgan_ext_shared[];  \
+#define WGAN_EXT_DYNAMIC_SHARED(T, name)                           \
+  extern __shared__ __align__(16) unsigned char wgan_ext_shared[]; \
   T* name = reinterpret_cast<T*>(wgan_ext_shared)
 #endif

@@ -24,7 +24,8 @@ struct Max {
 // Every lane gets the result; all 32 lanes must call.
 template <typename Op, typename T>
 __device__ T warp_reduce(T value) {
-  for (int offset = kWarp / 2; offset; offset /= 2) value = Op::combine(value, __shfl_xor_sync(kFullMask, value, offset));
+  for (int offset = kWarp / 2; offset; offset /= 2)
+    value = Op::combine(value, __shfl_xor_sync(kFullMask, value, offset));
   return value;
 }
 
