@@ -72,5 +72,5 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
-  m.def("simd_level", &wgan_ext::simd_level_name);
+  m.attr("simd_level") = wgan_ext::simd_level_name();
 }

@@ -1,10 +1,23 @@
 #include "simd.h"
 
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 namespace wgan_ext {
 namespace {
+
+const char* level_name(SimdLevel level) {
+  switch (level) {
+    case SimdLevel::avx512:
+      return "avx512";
+    case SimdLevel::avx2:
+      return "avx2";
+    case SimdLevel::portable:
+      break;
+  }
+  return "portable";
+}
 
 SimdLevel processor_level() {
 #if defined(__x86_64__)
@@ -23,9 +36,9 @@ SimdLevel chosen_level() {
   const SimdLevel best = processor_level();
   const char* wanted = std::getenv("WGAN_EXT_SIMD");
   if (wanted == nullptr) return best;
-  for (SimdLevel level : {SimdLevel::portable, SimdLevel::avx2})
-    if (level < best && std::string(wanted) == (level == SimdLevel::portable ? "portable" : "avx2")) return level;
-  return best;
+  for (SimdLevel level : {SimdLevel::portable, SimdLevel::avx2, SimdLevel::avx512})
+    if (std::string(wanted) == level_name(level)) return level < best ? level : best;
+  throw std::runtime_error(std::string("WGAN_EXT_SIMD must be portable, avx2 or avx512, got ") + wanted);
 }
 
 }  // namespace
@@ -35,16 +48,6 @@ SimdLevel simd_level() {
   return level;
 }
 
-const char* simd_level_name() {
-  switch (simd_level()) {
-    case SimdLevel::avx512:
-      return "avx512";
-    case SimdLevel::avx2:
-      return "avx2";
-    case SimdLevel::portable:
-      break;
-  }
-  return "portable";
-}
+const char* simd_level_name() { return level_name(simd_level()); }
 
 }  // namespace wgan_ext

@@ -9,5 +9,4 @@
 # build facts
 torch_version: tuple[int, int, int]
 cuda_architectures: str
-
-def simd_level() -> str: ...
+simd_level: str

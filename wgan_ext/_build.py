@@ -9,8 +9,6 @@ import torch
 
 from . import _C
 
-__all__ = ["BuildInfo", "build_info", "check_build"]
-
 
 @dataclasses.dataclass(frozen=True)
 class BuildInfo:
@@ -59,7 +57,7 @@ def build_info() -> BuildInfo:
         torch_built=".".join(map(str, _C.torch_version)),
         cuda_architectures=architectures,
         devices=tuple(devices),
-        simd=_C.simd_level(),
+        simd=_C.simd_level,
         threads=torch.get_num_threads(),
     )
 
