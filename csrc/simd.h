@@ -29,7 +29,7 @@ const char* simd_level_name();
   template <typename T>                      \
   const Table<T>& table();                   \
   }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(WGAN_EXT_EMULATED)
 #define WGAN_EXT_CPU_TABLES(Table)                             \
   WGAN_EXT_DECLARE_LEVEL(Table, portable)                      \
   WGAN_EXT_DECLARE_LEVEL(Table, avx2)                          \

@@ -8,6 +8,7 @@
 #include "emulator.h"
 #else
 #include <cuda_runtime.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -21,6 +22,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 
 }  // namespace wgan_ext
 
+#if !defined(WGAN_EXT_EMULATED)
 #define WGAN_EXT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                    \
   do {                                                                                     \
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \

@@ -1,0 +1,10 @@
+// The parallel loop without torch, for the programs here.
+#include "parallel.h"
+
+namespace wgan_ext {
+
+void parallel_chunks(int64_t chunks, void (*body)(const void*, int64_t), const void* context) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk);
+}
+
+}  // namespace wgan_ext
