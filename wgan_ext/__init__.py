@@ -10,6 +10,8 @@ except ImportError as error:
         "run `make build` in the checkout, or `pip install --no-build-isolation .`"
     ) from error
 from ._build import BuildInfo, build_info, check_build
+from .distances import js_divergence, wasserstein_1d
+from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
 
 check_build()
 
@@ -17,4 +19,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BuildInfo",
     "build_info",
+    "clip_weights_",
+    "critic_loss",
+    "gan_critic_loss",
+    "gan_generator_loss",
+    "generator_loss",
+    "js_divergence",
+    "wasserstein_1d",
 ]
