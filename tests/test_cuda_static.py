@@ -26,7 +26,7 @@ WIDE_LOADS: dict[str, list[str]] = {}
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, of PATH, or of the wheels in requirements-nvcc.txt."""
+    """The nvcc of CUDA_HOME, of PATH, or of the wheels in requirements-nvcc.txt."""
     if "CUDA_HOME" in os.environ:
         return Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"
     on_path = shutil.which("nvcc")
