@@ -81,9 +81,7 @@ def render(tables: Tables) -> str:
                 cells = [f"{row[name]} ({row[name].ratio:.2f}x)" if name in row else "" for name in rivals]
                 lines.append(f"| {' | '.join([contest, str(row[OURS]), *cells])} |")
             lines.append("")
-    lines.append(
-        "Median time of a call ± half its interquartile range in percent, and the time as a multiple of wgan_ext's."
-    )
+    lines.append("Median time of a call, half its interquartile range, and the time as a multiple of wgan_ext's.")
     return "\n".join(lines)
 
 
