@@ -55,13 +55,9 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-#if defined(__SANITIZE_THREAD__)
-#define __shared__ static
-#else
 // One host thread runs all fibers, so thread-local storage is shared by them, and it lies in one piece that can be
 // filled.
 #define __shared__ static thread_local
-#endif
 
 struct uint3 {
   unsigned x, y, z;
@@ -440,7 +436,6 @@ WGAN_EXT_UNSEEN inline void open_barrier() {
 
 // Launches.
 
-#if !defined(__SANITIZE_THREAD__)
 // The thread-local storage of the program, which holds the static shared arrays and nothing else.
 struct StaticShared {
   void* data = nullptr;
@@ -461,7 +456,6 @@ inline StaticShared static_shared() {
       &found);
   return found;
 }
-#endif
 
 // The kernel behind a pointer where a sanitizer's symbolizer is at hand, else the launcher's text.
 inline std::string kernel_name(const char* text, const void* address) {
@@ -559,9 +553,8 @@ inline void run(const char* name, const void* address, Extent grid, Extent block
   create_fibers(machine.count);
 #if defined(__SANITIZE_THREAD__)
   machine.sanitizer_fiber = __tsan_get_current_fiber();
-#else
-  const StaticShared statics = static_shared();
 #endif
+  const StaticShared statics = static_shared();
   for (unsigned t = 0; t < machine.count; ++t)
     machine.threads[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
   const int64_t blocks = grid.x * grid.y * grid.z;
@@ -570,9 +563,7 @@ inline void run(const char* name, const void* address, Extent grid, Extent block
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / (grid.x * grid.y))};
     std::memset(machine.dynamic_shared, 0xff, shared_bytes);
-#if !defined(__SANITIZE_THREAD__)
-    std::memset(statics.data, 0xff, statics.bytes);
-#endif
+    if (statics.bytes > 0) std::memset(statics.data, 0xff, statics.bytes);
     run_block();
   }
   std::free(machine.dynamic_shared);
