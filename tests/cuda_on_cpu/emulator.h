@@ -9,15 +9,13 @@
 // WGAN_EXT_EMULATED_ORDER=reverse runs threads and blocks last to first: a barrier missing between a writer and a later
 // reader is silent in one order and reads the fill in the other.
 //
-// Under AddressSanitizer global and dynamic shared memory have red zones; static shared arrays are covered by
-// UndefinedBehaviorSanitizer (indices, alignment) only. Under ThreadSanitizer every CUDA thread is a thread of its own
-// and only what orders memory in CUDA orders it there: __syncthreads, __syncwarp and __threadfence, not shuffles or
-// votes. Blocks of one launch are ordered, so races between blocks are not seen.
+// Under AddressSanitizer all memory has red zones, shared memory too. Under ThreadSanitizer every CUDA thread is a
+// thread of its own and only what orders memory in CUDA orders it there: __syncthreads, __syncwarp and __threadfence,
+// not shuffles or votes. Blocks of one launch are ordered, so races between blocks are not seen.
 //
 // Not modelled: timing, streams (every call completes before it returns), inline PTX, clusters, tensor cores, textures,
 // fast-math rounding. Floating-point atomics do not compile: reductions must be deterministic.
 #pragma once
-#include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
 
@@ -28,6 +26,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <map>
 #include <source_location>
@@ -35,8 +34,12 @@
 #include <string_view>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -55,9 +58,13 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-// One host thread runs all fibers, so thread-local storage is shared by them, and it lies in one piece that can be
-// filled.
+// One host thread runs all fibers, so they share its thread-local storage, whose arrays can be found to fill them.
+// AddressSanitizer knows no red zones there: the gaps that this alignment leaves behind the arrays become theirs.
+#if defined(__SANITIZE_ADDRESS__)
+#define __shared__ static thread_local __attribute__((aligned(65536)))
+#else
 #define __shared__ static thread_local
+#endif
 
 struct uint3 {
   unsigned x, y, z;
@@ -436,25 +443,54 @@ WGAN_EXT_UNSEEN inline void open_barrier() {
 
 // Launches.
 
-// The thread-local storage of the program, which holds the static shared arrays and nothing else.
-struct StaticShared {
-  void* data = nullptr;
-  size_t bytes = 0;
+// The static shared arrays: the thread-local variables of the program, by its symbol table.
+struct SharedArray {
+  char* data;
+  size_t bytes;
 };
-inline StaticShared static_shared() {
-  StaticShared found;
-  dl_iterate_phdr(
-      [](dl_phdr_info* module, size_t, void* out) {
-        for (int i = 0; i < module->dlpi_phnum; ++i) {
-          const auto& segment = module->dlpi_phdr[i];
-          if (segment.p_type != PT_TLS) continue;
-          if (segment.p_filesz != 0) refuse("the program has thread-local variables of its own");
-          *static_cast<StaticShared*>(out) = {module->dlpi_tls_data, segment.p_memsz};
-        }
-        return 1;  // the first module is the program
-      },
-      &found);
-  return found;
+inline const std::vector<SharedArray>& static_shared() {
+  static const std::vector<SharedArray> all = [] {
+    struct Segment {
+      char* data = nullptr;
+      size_t bytes = 0;
+    } segment;
+    dl_iterate_phdr(
+        [](dl_phdr_info* module, size_t, void* out) {
+          for (int i = 0; i < module->dlpi_phnum; ++i)
+            if (module->dlpi_phdr[i].p_type == PT_TLS)
+              *static_cast<Segment*>(out) = {static_cast<char*>(module->dlpi_tls_data), module->dlpi_phdr[i].p_memsz};
+          return 1;  // the first module is the program
+        },
+        &segment);
+    std::ifstream file("/proc/self/exe", std::ios::binary);
+    const auto read = [&](auto* items, size_t count, size_t offset) {
+      file.seekg(static_cast<std::streamoff>(offset));
+      file.read(reinterpret_cast<char*>(items), static_cast<std::streamsize>(count * sizeof *items));
+    };
+    ElfW(Ehdr) header;
+    read(&header, 1, 0);
+    std::vector<ElfW(Shdr)> sections(header.e_shnum);
+    read(sections.data(), sections.size(), header.e_shoff);
+    std::map<size_t, size_t> sizes;  // by offset
+    for (const ElfW(Shdr) & section : sections) {
+      if (section.sh_type != SHT_SYMTAB) continue;
+      std::vector<ElfW(Sym)> symbols(section.sh_size / sizeof(ElfW(Sym)));
+      read(symbols.data(), symbols.size(), section.sh_offset);
+      for (const ElfW(Sym) & symbol : symbols)
+        if (ELF64_ST_TYPE(symbol.st_info) == STT_TLS && symbol.st_shndx != SHN_UNDEF)
+          sizes[symbol.st_value] = symbol.st_size;
+    }
+    if (!file || sizes.empty() != (segment.bytes == 0))
+      refuse("the program's symbol table does not tell its shared arrays");
+    std::vector<SharedArray> found;
+    for (const auto& [offset, bytes] : sizes) found.push_back({segment.data + offset, bytes});
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(segment.data, segment.bytes);
+    for (const SharedArray& array : found) ASAN_UNPOISON_MEMORY_REGION(array.data, array.bytes);
+#endif
+    return found;
+  }();
+  return all;
 }
 
 // The kernel behind a pointer where a sanitizer's symbolizer is at hand, else the launcher's text.
@@ -554,7 +590,7 @@ inline void run(const char* name, const void* address, Extent grid, Extent block
 #if defined(__SANITIZE_THREAD__)
   machine.sanitizer_fiber = __tsan_get_current_fiber();
 #endif
-  const StaticShared statics = static_shared();
+  const std::vector<SharedArray>& statics = static_shared();
   for (unsigned t = 0; t < machine.count; ++t)
     machine.threads[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
   const int64_t blocks = grid.x * grid.y * grid.z;
@@ -563,7 +599,7 @@ inline void run(const char* name, const void* address, Extent grid, Extent block
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / (grid.x * grid.y))};
     std::memset(machine.dynamic_shared, 0xff, shared_bytes);
-    if (statics.bytes > 0) std::memset(statics.data, 0xff, statics.bytes);
+    for (const SharedArray& array : statics) std::memset(array.data, 0xff, array.bytes);
     run_block();
   }
   std::free(machine.dynamic_shared);

@@ -132,6 +132,17 @@ __global__ void write_past_static_shared(const float* x, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = shared[1];
 }
 
+// Past the scratch memory that the callee knows only by a pointer.
+__device__ __attribute__((noinline)) void fill(float* shared, int n, float value) {
+  for (int i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) shared[i] = value;
+}
+__global__ void write_past_passed_shared(const float* x, float* out) {
+  __shared__ float shared[kBlock];
+  fill(shared, kBlock + 1, x[0]);
+  __syncthreads();
+  if (threadIdx.x == 0) out[blockIdx.x] = shared[1];
+}
+
 __global__ void uninitialised_static_shared(const float* x, float* out) {
   __shared__ float scratch[32], shared[kBlock];
   if (blockIdx.x == 0) shared[threadIdx.x] = x[threadIdx.x];  // later blocks would find what this one left
@@ -151,6 +162,17 @@ __global__ void uninitialised_dynamic_shared(const float* x, float* out) {
 
 __global__ void misaligned_vector_load(const float* x, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = __ldg(reinterpret_cast<const float4*>(x + 1)).x;
+}
+
+// Four floats, aligned as one float; the neighbour makes the address odd.
+struct Offset {
+  float first, rest[8];
+};
+__global__ void misaligned_static_shared(const float* x, float* out) {
+  __shared__ Offset shared;
+  if (threadIdx.x < 8) shared.rest[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) out[blockIdx.x] = reinterpret_cast<const float4*>(shared.rest)->x;
 }
 
 __global__ void overflowing_index(const float* x, float* out) {
@@ -191,6 +213,8 @@ const Run kRuns[] = {{"clean", clean<float>},
                      WGAN_EXT_FAULT(write_past_end),
                      WGAN_EXT_FAULT(write_past_dynamic_shared),
                      WGAN_EXT_FAULT(write_past_static_shared),
+                     WGAN_EXT_FAULT(write_past_passed_shared),
+                     WGAN_EXT_FAULT(misaligned_static_shared),
                      WGAN_EXT_FAULT(uninitialised_static_shared),
                      WGAN_EXT_FAULT(uninitialised_dynamic_shared),
                      WGAN_EXT_FAULT(misaligned_vector_load),
