@@ -55,14 +55,19 @@ TORCH_LIBRARY(wgan_ext, m) {
   // clang-format off
   // critic
   // spectral
+  m.def("spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor weight, Tensor u, Tensor v, Tensor sigma)");
+  m.def("spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim) -> Tensor");
+  m.def("spectral_norm_store_(Tensor(a!) u, Tensor(b!) v, Tensor new_u, Tensor new_v) -> ()");
   // sinkhorn
   // clang-format on
-  static_cast<void>(m);
 }
 
 PYBIND11_MODULE(_C, m) {
   // critic
   // spectral
+  Entry<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, bool)>::bind(m, "spectral_norm");
+  Entry<Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t)>::bind(m, "spectral_norm_backward");
+  Entry<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>::bind(m, "spectral_norm_store_");
   // sinkhorn
 
   // build facts

@@ -1,8 +1,17 @@
 """Types of the compiled extension (csrc/bindings.cpp)."""
 
+from torch import Tensor
+
 # critic
 
 # spectral
+def spectral_norm(
+    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def spectral_norm_backward(
+    grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int
+) -> Tensor: ...
+def spectral_norm_store_(u: Tensor, v: Tensor, new_u: Tensor, new_v: Tensor) -> None: ...
 
 # sinkhorn
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _C
 
@@ -29,5 +30,25 @@ def _operator(name: str) -> Callable[..., Any]:
 # critic
 
 # spectral
+
+spectral_norm = _operator("spectral_norm")
+spectral_norm_backward = _operator("spectral_norm_backward")
+spectral_norm_store_ = _operator("spectral_norm_store_")
+
+
+@torch.library.register_fake("wgan_ext::spectral_norm")
+def _(
+    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sigma = weight.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32))
+    return torch.empty_like(weight), torch.empty_like(u), torch.empty_like(v), sigma
+
+
+@torch.library.register_fake("wgan_ext::spectral_norm_backward")
+def _(
+    grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int
+) -> Tensor:
+    return torch.empty_like(weight)
+
 
 # sinkhorn
