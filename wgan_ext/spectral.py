@@ -5,12 +5,15 @@ Miyato et al., Spectral Normalization for Generative Adversarial Networks (arXiv
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm as _torch_function
 from torch.nn.utils.spectral_norm import SpectralNorm as _TorchSpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook as _TorchLoadHook
+from torch.nn.utils.spectral_norm import remove_spectral_norm as _torch_remove
 
 from . import _ops
 
@@ -18,32 +21,120 @@ __all__ = ["remove_spectral_norm", "spectral_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 class SpectralNorm(_TorchSpectralNorm):
-    """Torch's hook with the products, the quotient and their derivative in one operator each.
+    """Torch's hook, with everything between the buffers and the normalized weight done by one operator.
 
-    What surrounds them (buffers, state dict, removal) is torch's, so that either library handles the other's modules.
+    Buffers, state dict and removal are torch's own, so that either library handles the other's modules.
     """
 
+    _module: weakref.ref[nn.Module] | None = None
+
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
-        """Return W / sigma; with ``do_power_iteration`` update the buffers u and v in place."""
+        """Return W / sigma; with ``do_power_iteration`` update the buffers u and v in place before."""
         name = self.name
-        u = getattr(module, name + "_u")
-        v = getattr(module, name + "_v")
-        iterations = self.n_power_iterations if do_power_iteration else 0
-        weight, new_u, new_v, _ = _ops.spectral_norm(
-            getattr(module, name + "_orig"), u, v, self.dim, iterations, self.eps, True
+        buffers = module._buffers  # attributes, found without the detour of Module.__getattr__
+        u, v = buffers[name + "_u"], buffers[name + "_v"]
+        weight = module._parameters.get(name + "_orig")
+        if weight is None:  # a plain attribute, as in a replica of DataParallel
+            weight = getattr(module, name + "_orig")
+        if not do_power_iteration:
+            return _ops.spectral_norm(weight, u, v, self.dim, 0, self.eps, True)[0]
+        normalized, new_u, new_v, _ = _ops.spectral_norm(
+            weight, u, v, self.dim, self.n_power_iterations, self.eps, True
         )
-        if do_power_iteration:
-            _ops.spectral_norm_store_(u, v, new_u, new_v)
-        return weight
+        _ops.spectral_norm_store_(u, v, new_u, new_v)
+        return normalized
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Give the module its normalized weight; with a power iteration if it is in training mode."""
+        weight = self.compute_weight(module, module.training)
+        name = self.name
+        if name in module._parameters or name in module._buffers:
+            setattr(module, name, weight)  # someone registered the name anew: Module says what is wrong with that
+        else:
+            object.__setattr__(module, name, weight)
+        if self._module is None:
+            self._module = weakref.ref(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
+        """Copy; and let a module be copied whose normalized weight carries a graph, which torch refuses.
+
+        Hooks are copied before the plain attributes of a module, so what stands in the memo now is what the copy gets.
+        """
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        module = None if self._module is None else self._module()
+        if module is not None:
+            weight = module.__dict__.get(self.name)
+            if isinstance(weight, Tensor) and not weight.is_leaf:
+                memo[id(weight)] = weight.detach().clone()
+            owner = memo.get(id(module))
+            copied._module = None if owner is None else weakref.ref(owner)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_module"}
 
 
 def spectral_norm(
     module: M, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
 ) -> M:
+    """Normalize ``module.weight`` by its largest singular value before every forward.
+
+    A drop-in for :func:`torch.nn.utils.spectral_norm`: the same buffers ``weight_u`` and ``weight_v``, parameter
+    ``weight_orig``, state dict, initial values, training and evaluation. Modules, hooks and checkpoints of the two
+    libraries are interchangeable. The derivative holds u and v constant and is differentiable to any order.
+
+    Where this differs from torch: a zero weight stays zero and leaves u and v as they were (torch: NaN, for good), as
+    does a weight with a NaN in it; u and v are unit vectors however small the weight, and ``eps`` only stands in for a
+    sigma of exactly 0; a module can be deep-copied after a forward; ``dim`` may be negative; under autocast the weight
+    is normalized in float32; a half-precision weight is normalized in float32 and rounded once.
+
+    Args:
+        module: the module, whose parameter is replaced; returned.
+        name: the parameter.
+        n_power_iterations: power iterations per forward in training; none are made in evaluation.
+        eps: the divisor where sigma is 0.
+        dim: the dimension of outputs, the rows of the matrix; by default 1 for transposed convolutions, else 0.
+
+    Raises:
+        KeyError: the module has no such parameter.
+        RuntimeError: the parameter is normalized already.
+        ValueError: the parameter is None or uninitialized, or ``n_power_iterations`` is not positive.
+        NotImplementedError: the weight is complex (torch would use the transpose, not the adjoint).
+        IndexError: ``dim`` is out of range.
+    """
     if dim is None:
-        dim = 1 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else 0
+        dim = 1 if isinstance(module, _TRANSPOSED) else 0
+    weight = module._parameters.get(name)
+    if weight is not None and not nn.parameter.is_lazy(weight):
+        if weight.is_complex():
+            raise NotImplementedError(f"spectral_norm: {name} is complex; use torch.nn.utils.parametrizations")
+        if not -max(weight.dim(), 1) <= dim < max(weight.dim(), 1):
+            raise IndexError(f"spectral_norm: dim must be in [{-weight.dim()}, {weight.dim() - 1}], got {dim}")
+        dim %= max(weight.dim(), 1)
     hook = _TorchSpectralNorm.apply(module, name, n_power_iterations, dim, eps)
     hook.__class__ = SpectralNorm
+    hook._module = weakref.ref(module)  # type: ignore[attr-defined]
+    return module
+
+
+def remove_spectral_norm(module: M, name: str = "weight") -> M:
+    """Make ``module.weight`` a parameter with the normalized value, and take the hooks and buffers away.
+
+    As :func:`torch.nn.utils.remove_spectral_norm`, which also handles modules of this library but leaves its
+    hook for state dicts behind, so that the module refuses every later checkpoint.
+
+    Raises:
+        ValueError: the parameter is not normalized.
+    """
+    _torch_remove(module, name)
+    for key, hook in module._load_state_dict_pre_hooks.items():
+        load_hook = getattr(hook, "hook", hook)
+        if isinstance(load_hook, _TorchLoadHook) and load_hook.fn.name == name:
+            del module._load_state_dict_pre_hooks[key]
+            break
     return module
