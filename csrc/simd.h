@@ -108,12 +108,31 @@ struct Vec {
   }
   WGAN_EXT_INLINE void store(T* p) const { std::memcpy(p, &value, sizeof value); }
   WGAN_EXT_INLINE void store(T* p, int64_t n) const { std::memcpy(p, &value, n * sizeof(T)); }
+  // Past the caches; p is aligned to the vector. See finish_streams.
+  WGAN_EXT_INLINE void stream(T* p) const {
+#if defined(WGAN_EXT_LEVEL_AVX512)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(value));
+#elif defined(WGAN_EXT_LEVEL_AVX2)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(value));
+#elif defined(__SSE2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(value));
+#else
+    store(p);
+#endif
+  }
 
   friend WGAN_EXT_INLINE Vec operator+(Vec a, Vec b) { return {a.value + b.value}; }
   friend WGAN_EXT_INLINE Vec operator-(Vec a, Vec b) { return {a.value - b.value}; }
   friend WGAN_EXT_INLINE Vec operator*(Vec a, Vec b) { return {a.value * b.value}; }
   friend WGAN_EXT_INLINE Vec operator/(Vec a, Vec b) { return {a.value / b.value}; }
 };
+
+// After the last Vec::stream of a thread, before another thread may read what it wrote.
+WGAN_EXT_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // a * b + c, one instruction where the level has it (the build sets -ffp-contract=fast).
 template <typename T>

@@ -9,7 +9,6 @@ import copy
 import weakref
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm as _TorchSpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook as _TorchLoadHook
@@ -40,12 +39,11 @@ class SpectralNorm(_TorchSpectralNorm):
         weight = module._parameters.get(name + "_orig")
         if weight is None:  # a plain attribute, as in a replica of DataParallel
             weight = getattr(module, name + "_orig")
-        if not do_power_iteration:
-            return _ops.spectral_norm(weight, u, v, self.dim, 0, self.eps, True)[0]
-        normalized, new_u, new_v, _ = _ops.spectral_norm(
-            weight, u, v, self.dim, self.n_power_iterations, self.eps, True
-        )
-        _ops.spectral_norm_store_(u, v, new_u, new_v)
+        iterations = self.n_power_iterations if do_power_iteration else 0
+        normalized: Tensor
+        normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, self.dim, iterations, self.eps, True)
+        if do_power_iteration:
+            _ops.spectral_norm_store_(u, v, new_u, new_v)
         return normalized
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:

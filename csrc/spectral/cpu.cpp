@@ -1,9 +1,9 @@
 // Spectral normalization on the processor.
 //
 // A normalisation is only a scalar, so both products of an iteration can be formed while a piece of W is in cache: a
-// block of columns gives its part of s = W^T u and, at once, of W s (the order v, u); a block of rows gives its part of
-// t = W v and of W^T t (the order u, v). Where no block fits, W is streamed twice. The pieces depend on the shape
-// alone.
+// few rows give their part of t = W v and at once of W^T t (the order u, v); a slab of a transposed convolution gives
+// its part of s = W^T u and at once of W s (the order v, u). Elsewhere W is streamed twice, which beats blocks of
+// columns at every size measured. The pieces depend on the shape alone.
 //
 // Unnormalised products of both kinds are of the order of sigma^2 and would leave the range of float for weights of
 // 1e-20 or 1e20, so each piece carries its part of the second product with a power of two of its own (`Scale`).
@@ -16,10 +16,9 @@ namespace wgan_ext::spectral::WGAN_EXT_LEVEL {
 using namespace wgan_ext::WGAN_EXT_LEVEL;
 namespace {
 
-constexpr int64_t kPieces = 64;             // at most, of one pass
-constexpr int64_t kGrain = 1 << 17;         // elements of W that are worth another piece
-constexpr int64_t kCacheBytes = 256 << 10;  // of W, read twice from cache
-constexpr int64_t kNarrow = 64;             // rows shorter than this are handled a slab at a time
+constexpr int64_t kPieces = 64;      // at most, of one pass
+constexpr int64_t kGrain = 1 << 17;  // elements of W that are worth another piece
+constexpr int64_t kNarrow = 64;      // rows shorter than this are handled a slab at a time
 
 WGAN_EXT_INLINE int64_t align(int64_t n) { return ceil_div(n, 16) * 16; }
 
@@ -45,6 +44,12 @@ T power_of_two(double x) {
   bits &= uint64_t{0x7ff} << 52;
   std::memcpy(&x, &bits, sizeof bits);
   return static_cast<T>(x);
+}
+
+// A result this large is written past the caches, which would have to read it first and could not keep it.
+template <typename T>
+WGAN_EXT_INLINE bool past_caches(int64_t elements) {
+  return elements * static_cast<int64_t>(sizeof(T)) >= 32 << 20;
 }
 
 // Sums of products in blocks of 4 x 64 vectors, the blocks in double.
@@ -80,6 +85,17 @@ double norm(const T* x, int64_t n) {
   double total = 0;
   for (int64_t i = 0; i < n; ++i) total += (x[i] * inverse) * (x[i] * inverse);
   return scale * std::sqrt(total);
+}
+
+// y = a x, past the caches: for a y that is too large for them, and aligned to the vector
+template <typename T>
+WGAN_EXT_INLINE void multiply_past_caches(const T* x, int64_t n, T a, T* y) {
+  using V = Vec<T>;
+  const V factor = V::fill(a);
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) (V::load(x + i) * factor).stream(y + i);
+  for (; i < n; ++i) y[i] = x[i] * a;
+  finish_streams();
 }
 
 // y = a x
@@ -209,7 +225,7 @@ WGAN_EXT_INLINE void repeat(const T* v, const Slab<T>& slab, T* pattern) {
 
 // s = A^T u, with u spread over the run
 template <typename T>
-void add_slab_columns(const T* a, const Slab<T>& slab, const T* spread_u, T* s) {
+void slab_columns(const T* a, const Slab<T>& slab, const T* spread_u, T* s) {
   using V = Vec<T>;
   T total[Slab<T>::kPeriod];
   fill_zero(total, slab.period);
@@ -313,20 +329,6 @@ T add_partials(const Partials<T>& p, int64_t pieces, T* total) {
   return scale;
 }
 
-// The blocks of columns that a pass takes at a time: `width` columns of one slab, all rows.
-template <typename T>
-struct Blocks {
-  int64_t width, per_slab;
-  bool fit;  // in cache, so that reading one twice costs one read
-  WGAN_EXT_INLINE explicit Blocks(Shape s) {
-    constexpr int64_t kLine = 256 / sizeof(T);
-    const int64_t cache = kCacheBytes / sizeof(T);
-    fit = s.rows * least(s.inner, kLine) <= cache || s.outer > 1;
-    width = least(s.inner, greatest(kLine, cache / s.rows / kLine * kLine));
-    per_slab = ceil_div(s.inner, width);
-  }
-};
-
 // The products with W. Scratch is laid out by the caller; `free` is at least free_size() elements.
 template <typename T>
 struct Pass {
@@ -334,20 +336,15 @@ struct Pass {
   Shape shape;
 
   int64_t slab() const { return shape.rows * shape.inner; }
-  int64_t lanes() const { return align(shape.rows * Vec<T>::size); }
 
-  // The pieces of each pass.
+  // The pieces of each pass, and what one sums up t in before it is summed over lanes or gathered.
   Cut by_slab() const { return Cut(shape.outer, slab()); }
   Cut by_row() const { return Cut(shape.rows, shape.inner); }
-  Cut by_block() const {
-    const Blocks<T> blocks(shape);
-    return Cut(shape.outer * blocks.per_slab, shape.rows * blocks.width);
-  }
+  int64_t sums_size() const { return align(narrow(shape) ? slab() : shape.rows * Vec<T>::size); }
 
   int64_t free_size() const {
-    if (narrow(shape)) return kPieces + align(slab()) + by_slab().pieces * (align(slab()) + align(shape.rows));
-    const int64_t rows = greatest(lanes(), by_row().pieces * align(shape.inner));
-    return kPieces + greatest(rows, by_block().pieces * (lanes() + align(shape.rows)));
+    if (shape.outer > 1) return kPieces + by_slab().pieces * (align(shape.rows) + sums_size()) + align(slab());
+    return kPieces + greatest(sums_size(), by_row().pieces * align(shape.inner));
   }
 
   Partials<T> partials(T* free, int64_t length) const { return {free + kPieces, free, length, align(length)}; }
@@ -355,7 +352,7 @@ struct Pass {
   // t = W x
   void product(const T* x, T* t, T* free) const {
     if (shape.outer > 1) {
-      pass_by_columns(nullptr, x, nullptr, t, free);
+      pass_by_slabs(nullptr, x, nullptr, t, free);
       return;
     }
     const Cut cut = by_row();
@@ -371,7 +368,7 @@ struct Pass {
   // s = W^T x
   void transposed_product(const T* x, T* s, T* free) const {
     if (shape.outer > 1) {
-      pass_by_columns(x, nullptr, s, nullptr, free);
+      pass_by_slabs(x, nullptr, s, nullptr, free);
       return;
     }
     const Cut cut = by_row();
@@ -411,80 +408,52 @@ struct Pass {
     return add_partials(part, cut.pieces, s);
   }
 
-  // s = W^T u if u is given, and t, if it is given: W x if x is, else W s / scale. One read, by blocks of columns.
-  // Returns the scale.
-  T pass_by_columns(const T* u, const T* x, T* s, T* t, T* free) const {
-    return narrow(shape) ? pass_by_slabs(u, x, s, t, free) : pass_by_blocks(u, x, s, t, free);
-  }
-
-  T pass_by_blocks(const T* u, const T* x, T* s, T* t, T* free) const {
-    const Blocks<T> blocks(shape);
-    const Cut cut = by_block();
-    const Partials<T> part = partials(free, shape.rows);
-    T* all_lanes = part.vectors + cut.pieces * part.stride;
-    parallel_for(cut.pieces, [&](int64_t piece) {
-      T* lane = all_lanes + piece * lanes();
-      if (t) fill_zero(lane, lanes());
-      Scale<T> scale;
-      for (int64_t unit = cut.begin(piece); unit < cut.end(piece); ++unit) {
-        const int64_t c = unit % blocks.per_slab * blocks.width, width = least(blocks.width, shape.inner - c);
-        const int64_t o = unit / blocks.per_slab, column = o * shape.inner + c;
-        const T* a = weight + o * slab() + c;
-        if (u) {
-          fill_zero(s + column, width);
-          add_columns(a, shape.inner, shape.rows, width, u, s + column);
-        }
-        if (!t) continue;
-        if (x) {
-          add_rows(a, shape.inner, shape.rows, width, x + column, lane);
-          continue;
-        }
-        scale.see(s + column, width);
-        T scaled[kScaled];
-        for (int64_t k = 0; k < width; k += kScaled) {
-          const int64_t n = least(kScaled, width - k);
-          multiply(s + column + k, n, scale.inverse, scaled);
-          add_rows(a + k, shape.inner, shape.rows, n, scaled, lane);
-        }
-      }
-      if (t) fold_lanes(lane, shape.rows, part.vectors + piece * part.stride);
-      part.scales[piece] = x ? T{1} : scale.value;
-    });
-    return t ? add_partials(part, cut.pieces, t) : T{1};
-  }
-
+  // By slabs, in one read: s = W^T u if u is given; t, if it is given, is W x if x is, else W s / scale. Returns the
+  // scale.
   T pass_by_slabs(const T* u, const T* x, T* s, T* t, T* free) const {
+    const bool is_narrow = narrow(shape);
+    const int64_t rows = shape.rows, inner = shape.inner;
     const Slab<T> run(shape);
     const Cut cut = by_slab();
-    const Partials<T> part = partials(free, shape.rows);
+    const Partials<T> part = partials(free, rows);
     T* spread_u = part.vectors + cut.pieces * part.stride;
-    T* spread_t = spread_u + align(slab());
-    if (u) spread(u, shape, spread_u);
+    T* all_sums = spread_u + align(slab());
+    if (u && is_narrow) spread(u, shape, spread_u);
     parallel_for(cut.pieces, [&](int64_t piece) {
-      T* sums = spread_t + piece * align(slab());
-      if (t) fill_zero(sums, slab());
+      T* sums = all_sums + piece * sums_size();
+      if (t) fill_zero(sums, sums_size());
+      const auto add = [&](const T* a, int64_t width, const T* vector) {
+        if (is_narrow)
+          add_slab_rows(a, run, vector, sums);
+        else
+          add_rows(a, inner, rows, width, vector, sums);
+      };
       Scale<T> scale;
       for (int64_t o = cut.begin(piece); o < cut.end(piece); ++o) {
         const T* a = weight + o * slab();
-        const int64_t column = o * shape.inner;
-        if (u) add_slab_columns(a, run, spread_u, s + column);
-        if (!t) continue;
-        if (x) {
-          add_slab_rows(a, run, x + column, sums);
-          continue;
+        const int64_t column = o * inner;
+        if (u && is_narrow) slab_columns(a, run, spread_u, s + column);
+        if (u && !is_narrow) {
+          fill_zero(s + column, inner);
+          add_columns(a, inner, rows, inner, u, s + column);
         }
-        T scaled[kNarrow];
-        scale.see(s + column, shape.inner);
-        multiply(s + column, shape.inner, scale.inverse, scaled);
-        add_slab_rows(a, run, scaled, sums);
+        if (t && x) add(a, inner, x + column);
+        if (!t || x) continue;
+        scale.see(s + column, inner);
+        constexpr int64_t kTile = 1024;
+        T scaled[kTile];
+        for (int64_t c = 0; c < inner; c += kTile) {
+          const int64_t width = least(kTile, inner - c);
+          multiply(s + column + c, width, scale.inverse, scaled);
+          add(a + c, width, scaled);
+        }
       }
-      if (t) gather(sums, shape, part.vectors + piece * part.stride);
+      if (t && is_narrow) gather(sums, shape, part.vectors + piece * part.stride);
+      if (t && !is_narrow) fold_lanes(sums, rows, part.vectors + piece * part.stride);
       part.scales[piece] = x ? T{1} : scale.value;
     });
     return t ? add_partials(part, cut.pieces, t) : T{1};
   }
-
-  static constexpr int64_t kScaled = 1024;
 };
 
 bool is_direction(double length) { return length > 0 && length < HUGE_VAL; }
@@ -515,8 +484,8 @@ struct Iteration {
   // One power iteration in either order. Returns u . (W v).
   double v_then_u() const {
     const Shape shape = pass.shape;
-    if (shape.outer > 1 || Blocks<T>(shape).fit) {
-      const double scale = pass.pass_by_columns(u, nullptr, s, t, free);
+    if (shape.outer > 1) {
+      const double scale = pass.pass_by_slabs(u, nullptr, s, t, free);
       const double first = normalize_vector(s, columns(shape), v);
       return ratio(normalize_vector(t, shape.rows, u), first / scale);
     }
@@ -575,18 +544,26 @@ void normalize(const T* weight, Shape shape, const T* u0, const T* v0, int64_t i
   const Cut cut(ceil_div(elements(shape), 4096), 4096);
   parallel_for(cut.pieces, [&](int64_t piece) {
     const int64_t begin = cut.begin(piece) * 4096, end = least(cut.end(piece) * 4096, elements(shape));
-    multiply(weight + begin, end - begin, factor, normalized + begin);
+    if (past_caches<T>(elements(shape)))
+      multiply_past_caches(weight + begin, end - begin, factor, normalized + begin);
+    else
+      multiply(weight + begin, end - begin, factor, normalized + begin);
   });
 }
 
 // result = a grad + b[row] v
-template <typename T>
+template <bool kPastCaches, typename T>
 WGAN_EXT_INLINE void add_outer(const T* grad, T a, T b, const T* v, int64_t n, T* result) {
   using V = Vec<T>;
   const V va = V::fill(a), vb = V::fill(b);
   int64_t i = 0;
-  for (; i + V::size <= n; i += V::size)
-    fma(vb, V::load(v + i), grad ? va * V::load(grad + i) : V::zero()).store(result + i);
+  for (; i + V::size <= n; i += V::size) {
+    const V sum = fma(vb, V::load(v + i), grad ? va * V::load(grad + i) : V::zero());
+    if constexpr (kPastCaches)
+      sum.stream(result + i);
+    else
+      sum.store(result + i);
+  }
   for (; i < n; ++i) result[i] = b * v[i] + (grad ? a * grad[i] : T{0});
 }
 
@@ -624,13 +601,19 @@ void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, 
     });
     return;
   }
+  const bool past = past_caches<T>(elements(shape)) && shape.inner % Vec<T>::size == 0;
   const Cut cut(shape.outer * shape.rows, shape.inner);
   parallel_for(cut.pieces, [&](int64_t piece) {
     for (int64_t row = cut.begin(piece); row < cut.end(piece); ++row) {
       const T b = static_cast<T>(coefficient * u[row % shape.rows]);
       const T* g = grad ? grad + row * shape.inner : nullptr;
-      add_outer(g, a, b, v + row / shape.rows * shape.inner, shape.inner, grad_weight + row * shape.inner);
+      const T* v_row = v + row / shape.rows * shape.inner;
+      if (past)
+        add_outer<true>(g, a, b, v_row, shape.inner, grad_weight + row * shape.inner);
+      else
+        add_outer<false>(g, a, b, v_row, shape.inner, grad_weight + row * shape.inner);
     }
+    if (past) finish_streams();
   });
 }
 

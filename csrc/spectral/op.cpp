@@ -82,7 +82,7 @@ Normalized forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64
   const DeviceScope scope(weight);
   const at::ScalarType type = compute_type(weight);
   const auto options = weight.options().dtype(type);
-  Tensor normalized = at::empty(weight.sizes(), options), new_u = at::empty(u.sizes(), options);
+  Tensor normalized = empty_result(weight.sizes(), options), new_u = at::empty(u.sizes(), options);
   Tensor new_v = at::empty(v.sizes(), options), sigma = at::empty({}, options);
   if (elements(shape) == 0) {
     sigma.fill_(eps);
@@ -122,7 +122,7 @@ Tensor backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& 
   const DeviceScope scope(weight);
   const at::ScalarType type = compute_type(weight);
   const auto options = weight.options().dtype(type);
-  Tensor grad_weight = at::empty(weight.sizes(), options);
+  Tensor grad_weight = empty_result(weight.sizes(), options);
   if (elements(shape) == 0) return in_layout_of(weight, grad_weight);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
