@@ -50,7 +50,10 @@ at::ScalarType compute_type(const Tensor& weight) {
   return weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-Tensor operand(const Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
+Tensor operand(const Tensor& t, at::ScalarType type) {
+  if (t.scalar_type() == type && t.is_contiguous()) return t;  // else two calls of the dispatcher, for nothing
+  return t.to(type).contiguous();
+}
 
 // Calls body(T{}) for the type that the kernels compute in.
 template <typename Body>
