@@ -15,6 +15,40 @@ import torch
 SAMPLES: dict[str, Callable[[torch.device], list[tuple[Any, ...]]]] = {}
 
 
+# spectral
+
+
+def _spectral(device: torch.device) -> list[tuple[Any, ...]]:
+    samples: list[tuple[Any, ...]] = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for shape, dim, v_first in (((5, 4, 3), 0, True), ((5, 4, 3), 1, True), ((5, 4), -1, False)):
+            weight = torch.randn(shape, dtype=dtype, device=device, requires_grad=dtype != torch.bfloat16)
+            rows = shape[dim]
+            u, v = (torch.randn(n, dtype=dtype, device=device) for n in (rows, weight.numel() // rows))
+            samples.append((weight, u, v, dim, 1, 1e-12, v_first))
+    channels_last = torch.randn(4, 3, 2, 2, device=device).to(memory_format=torch.channels_last)
+    samples.append((channels_last, torch.ones(4, device=device), torch.ones(12, device=device), 0, 0, 1e-12, True))
+    return samples
+
+
+def _spectral_backward(device: torch.device) -> list[tuple[Any, ...]]:
+    samples: list[tuple[Any, ...]] = []
+    for weight, u, v, dim, *_ in _spectral(device):
+        sigma = torch.tensor(1.5, dtype=torch.promote_types(weight.dtype, torch.float32), device=device)
+        grad = torch.randn_like(weight).requires_grad_(weight.requires_grad)
+        samples += [(grad, None, weight, u, v, sigma, dim), (None, sigma, weight, u, v, sigma, dim)]
+    return samples
+
+
+def _spectral_store(device: torch.device) -> list[tuple[Any, ...]]:
+    return [tuple(torch.randn(n, device=device) for n in (3, 4, 3, 4))]
+
+
+SAMPLES["spectral_norm"] = _spectral
+SAMPLES["spectral_norm_backward"] = _spectral_backward
+SAMPLES["spectral_norm_store_"] = _spectral_store
+
+
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_opcheck(name: str, device: torch.device) -> None:
     for sample in SAMPLES[name](device):

@@ -12,6 +12,7 @@ except ImportError as error:
 from ._build import BuildInfo, build_info, check_build
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
+from .spectral import remove_spectral_norm, spectral_norm
 
 check_build()
 
@@ -25,5 +26,7 @@ __all__ = [
     "gan_generator_loss",
     "generator_loss",
     "js_divergence",
+    "remove_spectral_norm",
+    "spectral_norm",
     "wasserstein_1d",
 ]

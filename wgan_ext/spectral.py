@@ -9,6 +9,7 @@ import copy
 import weakref
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm as _TorchSpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook as _TorchLoadHook
@@ -21,6 +22,17 @@ __all__ = ["remove_spectral_norm", "spectral_norm"]
 M = TypeVar("M", bound=nn.Module)
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _wants_formula() -> bool:
+    """Whether a formula of torch's operators must do: forward-mode derivatives, torch.func, export, jit.trace."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 class SpectralNorm(_TorchSpectralNorm):
@@ -40,11 +52,25 @@ class SpectralNorm(_TorchSpectralNorm):
         if weight is None:  # a plain attribute, as in a replica of DataParallel
             weight = getattr(module, name + "_orig")
         iterations = self.n_power_iterations if do_power_iteration else 0
+        if _wants_formula():
+            return self._formula(weight, u, v, iterations)
         normalized: Tensor
         normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, self.dim, iterations, self.eps, True)
         if do_power_iteration:
             _ops.spectral_norm_store_(u, v, new_u, new_v)
         return normalized
+
+    def _formula(self, weight: Tensor, u: Tensor, v: Tensor, iterations: int) -> Tensor:
+        matrix = self.reshape_weight_to_matrix(weight)
+        if iterations:
+            with torch.no_grad():
+                constant, new_u, new_v = matrix.detach(), u, v
+                for _ in range(iterations):
+                    new_v = nn.functional.normalize(torch.mv(constant.T, new_u), dim=0, eps=self.eps)
+                    new_u = nn.functional.normalize(torch.mv(constant, new_v), dim=0, eps=self.eps)
+                _ops.spectral_norm_store_(u, v, new_u, new_v)
+                u, v = new_u, new_v
+        return weight / torch.dot(u, torch.mv(matrix, v))
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Give the module its normalized weight; with a power iteration if it is in training mode."""

@@ -198,7 +198,7 @@ struct NormalizeBackward : torch::autograd::Function<NormalizeBackward> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({grad.value_or(Tensor()), weight, u, v, sigma});
     ctx->saved_data["dim"] = dim;
-    ctx->saved_data["arguments"] = std::vector<bool>{grad.has_value(), grad_sigma.has_value()};
+    ctx->saved_data["with_grad_sigma"] = grad_sigma.has_value();
     return call_backward(grad, grad_sigma, weight, u, v, sigma, dim);
   }
 
@@ -218,7 +218,7 @@ struct NormalizeBackward : torch::autograd::Function<NormalizeBackward> {
       const Tensor by_sigma = (2 * q * (grad * weight).sum() / sigma - (h * grad).sum()) / sigma.square();
       result[5] = by_sigma.to(saved[4].scalar_type());
     }
-    result[1] = q.to(saved[4].scalar_type());
+    if (ctx->saved_data["with_grad_sigma"].toBool()) result[1] = q.to(saved[4].scalar_type());
     return result;
   }
 };
