@@ -46,7 +46,7 @@ class SpectralNorm(_TorchSpectralNorm):
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
         """Return W / sigma; with ``do_power_iteration`` update the buffers u and v in place before."""
         name = self.name
-        buffers = module._buffers  # attributes, found without the detour of Module.__getattr__
+        buffers: dict[str, Any] = module._buffers  # attributes, found without the detour of Module.__getattr__
         u, v = buffers[name + "_u"], buffers[name + "_v"]
         weight = module._parameters.get(name + "_orig")
         if weight is None:  # a plain attribute, as in a replica of DataParallel
