@@ -19,8 +19,9 @@ using device::warp_reduce;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kRows = 4;              // of a warp, so that one load of x serves four rows
-constexpr int64_t kBlocks = 1024;     // aimed at by the splits of a product
+constexpr int kResident = 2;       // blocks on a multiprocessor at least; left to itself ptxas aims at six and spills
+constexpr int kRows = 4;           // of a warp, so that one load of x serves four rows
+constexpr int64_t kBlocks = 1024;  // aimed at by the splits of a product
 constexpr int64_t kGridLimit = 8192;  // of loops that stride by the grid
 
 // P elements of T that are loaded and stored at once.
@@ -98,7 +99,7 @@ __device__ T factor_of(const Length<T>* length) {
 // t = W N(x), where x_length is the length of x or null for a unit vector. A warp for four rows and a split of the
 // columns, sixteen bytes a lane.
 template <typename T, int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     rows_kernel(const T* weight, Shape shape, const T* x, const Length<T>* x_length, const T* with, T* product,
                 Length<T>* found, Shared<T> shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // s = W^T N(x). A lane for P neighbouring columns, a warp for every eighth row of a split of the rows.
 template <typename T, int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     columns_kernel(const T* weight, Shape shape, const T* x, const Length<T>* x_length, T* product, Length<T>* found,
                    Shared<T> shared) {
   __shared__ T sums[kWarps][kWarp * P];
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
 // normalized = W / sigma; u and v are t and s divided by their lengths, or as they were. `first` is the length of the
 // product that was made first, or null if no iteration was made; sigma is the length of the other.
 template <typename T, int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     quotient_kernel(const T* weight, Shape shape, double eps, const Length<T>* first, const Length<T>* second,
                     const T* u0, const T* v0, const T* t, const T* s, const Length<T>* t_length,
                     const Length<T>* s_length, T* normalized, T* u, T* v, T* sigma) {
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // <grad, W>
 template <typename T, int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     inner_product_kernel(const T* grad, const T* weight, int64_t n, double* product, double* sums, unsigned* ticket) {
   __shared__ double scratch[kWarp];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * P;
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // grad / sigma + (grad_sigma - <grad, W> / sigma^2) u v^T. P divides inner.
 template <typename T, int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     gradient_kernel(const T* grad, const T* grad_sigma, const double* product, Shape shape, const T* u, const T* v,
                     const T* sigma, T* grad_weight) {
   const double inverse = 1 / static_cast<double>(*sigma);
