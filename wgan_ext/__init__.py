@@ -9,12 +9,10 @@ except ImportError as error:
         f"wgan_ext's extension is not built for this Python and torch {_torch.__version__} ({error}): "
         "run `make build` in the checkout, or `pip install --no-build-isolation .`"
     ) from error
-from ._build import BuildInfo, build_info, check_build
+from ._build import BuildInfo, build_info
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
 from .spectral import remove_spectral_norm, spectral_norm
-
-check_build()
 
 __version__ = "0.1.0"
 __all__ = [

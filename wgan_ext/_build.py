@@ -71,3 +71,6 @@ def check_build() -> None:
             f"wgan_ext was built against torch {'.'.join(built)} and cannot run with torch {torch.__version__}: "
             "build it again with `make build` in a checkout, or `pip install --no-build-isolation .`"
         )
+
+
+check_build()  # on import, before the towers look for their operators
