@@ -10,20 +10,28 @@ except ImportError as error:
         "run `make build` in the checkout, or `pip install --no-build-isolation .`"
     ) from error
 from ._build import BuildInfo, build_info, check_build
+from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
+from .penalty import GradientPenalty, gradient_penalty
 
 check_build()
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildInfo",
+    "CriticPlan",
+    "GradientPenalty",
+    "LayerPlan",
     "build_info",
     "clip_weights_",
     "critic_loss",
+    "explain",
     "gan_critic_loss",
     "gan_generator_loss",
     "generator_loss",
+    "gradient_penalty",
+    "input_gradient",
     "js_divergence",
     "wasserstein_1d",
 ]
