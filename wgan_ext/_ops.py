@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _C
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_register_fake: Callable[[str], Callable[[_F], _F]] = torch.library.register_fake
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -45,7 +48,7 @@ _RECORD = {LINEAR: 1, CONV2D: 8, FLATTEN: 2, ACTIVATION: 0}
 critic_input_gradient = _operator("critic_input_gradient")
 
 
-@torch.library.register_fake("wgan_ext::critic_input_gradient")
+@_register_fake("wgan_ext::critic_input_gradient")
 def _critic_input_gradient(
     x: Tensor,
     parameters: list[Tensor],
@@ -58,7 +61,7 @@ def _critic_input_gradient(
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=_suggested_format(x))
 
 
-@torch.library.register_fake("wgan_ext::critic_input_gradient_forward")
+@_register_fake("wgan_ext::critic_input_gradient_forward")
 def _critic_input_gradient_forward(
     x: Tensor,
     parameters: list[Tensor],
@@ -117,7 +120,7 @@ def _critic_input_gradient_forward(
     )
 
 
-@torch.library.register_fake("wgan_ext::critic_input_gradient_backward")
+@_register_fake("wgan_ext::critic_input_gradient_backward")
 def _critic_input_gradient_backward(
     grad: Tensor,
     parameters: list[Tensor],

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -147,8 +149,8 @@ def critic_gradients(
     if engine != "autograd":
         extra_arguments = bool(critic_args or critic_kwargs)
         trace = _trace(critic, single=isinstance(x, Tensor), extra_arguments=extra_arguments)
-        if not trace.obstacle:
-            return [_run(trace, x, mean_outputs)]
+        if isinstance(x, Tensor) and not trace.obstacle:
+            return [_run(op, trace, x, mean_outputs)]
         if engine == "analytic":
             raise NotImplementedError(f"{op}: the analytic engine cannot take this critic: {trace.obstacle}")
     if torch.compiler.is_compiling():
@@ -167,9 +169,9 @@ def _unwrap(op: str, critic: Critic) -> Critic:
     for base in type(critic).__mro__:
         if base.__name__ in _SYNCHRONISING and base.__module__.startswith("torch."):
             raise NotImplementedError(
-                f"{op}: the critic is wrapped in {base.__name__}, which synchronises gradients in its forward; bypassing "
-                "it would train with unsynchronised gradients. Compute the whole critic loss in the forward of a module "
-                "and wrap that module instead"
+                f"{op}: the critic is wrapped in {base.__name__}, which synchronises gradients in its forward; "
+                "bypassing it would train with unsynchronised gradients. Compute the whole critic loss in the forward "
+                "of a module and wrap that module instead"
             )
     return critic
 
@@ -200,7 +202,7 @@ def _trace(critic: Critic, *, single: bool, extra_arguments: bool) -> _Trace:
         trace.obstacle = "the input is not a single tensor"
     elif extra_arguments:
         trace.obstacle = "the critic takes further arguments"
-    elif torch_module._has_any_global_hook():
+    elif torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
         trace.obstacle = "a hook is registered for all modules"
     else:
         _walk("", critic, trace)
@@ -306,22 +308,27 @@ _LAYERS: dict[type[nn.Module], Callable[[Any, _Trace], str]] = {
 }
 
 
-def _run(trace: _Trace, x: Tensor, mean_outputs: bool) -> Tensor:
+def _run(op: str, trace: _Trace, x: Tensor, mean_outputs: bool) -> Tensor:
     parameters: list[Tensor] = []
     for module in trace.weighted:
         for hook in module._forward_pre_hooks.values():
             hook(module, ())
         parameters.append(module.weight)
+        if parameters[-1].device != x.device:
+            raise ValueError(f"{op}: x must be on the device of the critic ({parameters[-1].device}), got {x.device}")
         if module.bias is not None:
             parameters.append(module.bias)
-    device_type = x.device.type
-    compute_dtype = None
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(device_type)
+    compute_dtype = torch.get_autocast_dtype(x.device.type) if _autocast_applies(x) else None
     gradient: Tensor = _ops.critic_input_gradient(
         x, parameters, trace.program, trace.slopes, mean_outputs, compute_dtype
     )
     return gradient
+
+
+def _autocast_applies(x: Tensor) -> bool:
+    device_type = x.device.type
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
 
 
 def _double_backward(
@@ -332,6 +339,12 @@ def _double_backward(
     critic_kwargs: Mapping[str, Any],
     mean_outputs: bool,
 ) -> list[Tensor]:
+    if isinstance(critic, nn.Module) and any(map(_couples_samples, critic.modules())):
+        warnings.warn(
+            f"{op}: the critic normalizes over the batch, so that the gradient at a sample takes in the scores of the "
+            "others; put BatchNorm in eval mode, or normalize each sample by itself",
+            stacklevel=4,
+        )
     create_graph = torch.is_grad_enabled()
     # Not x itself, so that neither its grad nor its hooks are touched; a view of it where x is part of a graph.
     with torch.inference_mode(False), torch.enable_grad():
@@ -358,6 +371,10 @@ def _double_backward(
     return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, points, strict=True)]
 
 
+def _couples_samples(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
 def _check_scores(op: str, scores: object, batch: int) -> None:
     if not isinstance(scores, Tensor):
         raise TypeError(f"{op}: the critic must return a tensor, got {type(scores).__name__}")
@@ -379,12 +396,12 @@ def tensors_of(x: Inputs) -> list[Tensor]:
     return list(x.values()) if isinstance(x, Mapping) else list(x)
 
 
-def map_tensors(function: Callable[..., Tensor], *structures: Inputs) -> Any:
+def map_tensors(function: Callable[..., Tensor], *structures: Any) -> Any:
     """Apply the function to a tensor, or to each of a tuple, list or dict of tensors; structures must be alike."""
     first = structures[0]
     if isinstance(first, Tensor):
         return function(*structures)
     if isinstance(first, Mapping):
-        return {key: function(*(s[key] for s in structures)) for key in first}  # type: ignore[index]
+        return {key: function(*(s[key] for s in structures)) for key in first}
     values = [function(*items) for items in zip(*structures, strict=True)]
-    return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)  # type: ignore[call-arg]
+    return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
+from ._checks import accumulation_dtype
 from .critic import Critic, Engine, Inputs, check_batch, critic_gradients, map_tensors, tensors_of
 
 __all__ = ["GradientPenalty", "gradient_penalty"]
@@ -16,6 +17,8 @@ __all__ = ["GradientPenalty", "gradient_penalty"]
 Points: TypeAlias = Literal["interpolates", "real", "fake", "noise"]
 Reduction: TypeAlias = Literal["mean", "sum", "max", "none"]
 OutputReduction: TypeAlias = Literal["sum", "mean"]
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
 
 
 @overload
@@ -82,15 +85,15 @@ def gradient_penalty(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the penalty |n - target|^power over the batch, n the norm of the critic's gradient at one point a sample.
 
-    Unweighted: ``loss = fake_scores.mean() - real_scores.mean() + 10 * gradient_penalty(critic, real, fake)`` is WGAN-GP
-    (Gulrajani et al. 2017, eq. 3). Differentiable with respect to the critic's parameters, once by the analytic engine
-    (see ``input_gradient``) and as often as the critic by autograd; real and fake are detached. A gradient that is 0 gets
-    the subgradient 0.
+    Unweighted: ``loss = fake_scores.mean() - real_scores.mean() + 10 * gradient_penalty(critic, real, fake)`` is
+    WGAN-GP (Gulrajani et al. 2017, eq. 3). Differentiable with respect to the critic's parameters, once by the analytic
+    engine (see ``input_gradient``) and as often as the critic by autograd; real and fake are detached. A gradient that
+    is 0 gets the subgradient 0.
 
     Args:
         critic: A map from a batch to as many scores, or maps of scores; see ``input_gradient``.
         real: [B, ...], floating point, or a tuple, list or dict of such tensors, which the critic then gets as it
-            stands; the norm is over the concatenation of their gradients. Ignored, and may be None, at="fake".
+            stands; the norm is over the concatenation of their gradients. Ignored at="fake", where it may be None.
         fake: As real; needed at "interpolates" and "fake", else ignored.
         at: Where the gradient is taken: "interpolates", mix * real + (1 - mix) * fake (WGAN-GP); "real" (R1, Mescheder
             et al. 2018; its weight is gamma / 2); "fake" (R2); "noise", real + mix * 0.5 * std(real) * U[0, 1) with one
@@ -106,7 +109,8 @@ def gradient_penalty(
             the input where it is 0 are not constrained. For several inputs, a structure like real.
         generator: Source of mix and noise, on the device of the inputs; None is torch's own.
         mix: The mixing factors, [B, 1, ..., 1] or [B]; None draws one from U[0, 1) for each sample, in float32.
-        critic_args, critic_kwargs: Further arguments of the critic (labels, conditions); such critics take autograd.
+        critic_args: Further positional arguments of the critic (labels, conditions); such critics take autograd.
+        critic_kwargs: Further named arguments of the critic; the same.
         engine: "auto", "analytic" (raises where it cannot) or "autograd"; ``explain`` tells which "auto" takes.
         return_norms: Return also the norms, [B], detached.
 
@@ -133,7 +137,7 @@ def gradient_penalty(
     norms = _norms(gradients, p)
     penalty = _penalty(norms, _target(at, target), one_sided, power)
     if reduction != "none":
-        penalty = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}[reduction](penalty)
+        penalty = _REDUCTIONS[reduction](penalty)
     return (penalty, norms.detach()) if return_norms else penalty
 
 
@@ -211,7 +215,7 @@ class GradientPenalty(nn.Module):
 
     def _nothing(self, x: Inputs | None) -> Tensor | tuple[Tensor, Tensor]:
         first = _first_batch(self.options["at"], x)
-        dtype = _norm_dtype(first)
+        dtype = accumulation_dtype(first.dtype)
         shape = (first.shape[0],) if self.options["reduction"] == "none" else ()
         penalty = torch.zeros(shape, dtype=dtype, device=first.device)
         return (penalty, penalty.new_zeros(0)) if self.options["return_norms"] else penalty
@@ -253,10 +257,6 @@ def _target(at: Points, target: float | None) -> float:
     return target
 
 
-def _norm_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _first_batch(name: str, x: Inputs | None) -> Tensor:
     """Check that x is a batch, or several of one size, and return the first."""
     if x is None:
@@ -289,14 +289,14 @@ def _points(
     factors = _factors(first, mix, generator)
 
     def interpolate(real: Tensor, fake: Tensor) -> Tensor:
-        dtype = _norm_dtype(real)
+        dtype = accumulation_dtype(real.dtype)
         weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
         return torch.lerp(fake.detach().to(dtype), real.detach().to(dtype), weight).to(real.dtype)
 
     def perturb(real: Tensor) -> Tensor:
         if real.numel() == 1:
             raise ValueError('gradient_penalty: at="noise" needs the standard deviation of real, which has one element')
-        dtype = _norm_dtype(real)
+        dtype = accumulation_dtype(real.dtype)
         clean = real.detach().to(dtype)
         weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
         noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=dtype)
@@ -361,7 +361,7 @@ def _masked(gradients: list[Tensor], points: Any, mask: Any) -> list[Tensor]:
                 f"gradient_penalty: mask must be broadcastable to the shape of real {tuple(x.shape)}, "
                 f"got {tuple(m.shape)}"
             )
-    return [g * m.detach().to(_norm_dtype(g)) for g, m in zip(gradients, masks, strict=True)]
+    return [g * m.detach().to(accumulation_dtype(g.dtype)) for g, m in zip(gradients, masks, strict=True)]
 
 
 def _norms(gradients: list[Tensor], p: float) -> Tensor:
@@ -370,10 +370,11 @@ def _norms(gradients: list[Tensor], p: float) -> Tensor:
         gradient = gradients[0]
     else:
         gradient = torch.cat([g.flatten(1) if g.dim() > 1 else g[:, None] for g in gradients], dim=1)
-    gradient = gradient.to(_norm_dtype(gradient))
+    gradient = gradient.to(accumulation_dtype(gradient.dtype))
     if gradient.dim() == 1:
         return gradient.abs()
-    return torch.linalg.vector_norm(gradient, p, dim=tuple(range(1, gradient.dim())))
+    norms: Tensor = torch.linalg.vector_norm(gradient, p, dim=tuple(range(1, gradient.dim())))
+    return norms
 
 
 def _penalty(norms: Tensor, target: float, one_sided: bool, power: float) -> Tensor:
