@@ -54,9 +54,9 @@ struct Entry<Result(Args...)> {
 TORCH_LIBRARY(wgan_ext, m) {
   // clang-format off
   // critic
-  m.def("critic_input_gradient(Tensor x, Tensor[] parameters, int[] program, float[] slopes, bool mean_outputs, ScalarType? compute_dtype) -> Tensor");
-  m.def("critic_input_gradient_forward(Tensor x, Tensor[] parameters, int[] program, float[] slopes, bool mean_outputs, ScalarType? compute_dtype) -> (Tensor grad, Tensor[] signs, Tensor[] chain)");
-  m.def("critic_input_gradient_backward(Tensor grad, Tensor[] parameters, Tensor[] signs, Tensor[] chain, int[] program, float[] slopes, ScalarType? compute_dtype, int[] wanted) -> Tensor[]");
+  m.def("critic_input_gradient(Tensor x, Tensor[] parameters, int[] program, float[] slopes, bool mean_outputs, ScalarType compute_dtype, bool channels_last) -> Tensor");
+  m.def("critic_input_gradient_forward(Tensor x, Tensor[] parameters, int[] program, float[] slopes, bool mean_outputs, ScalarType compute_dtype, bool channels_last) -> (Tensor grad, Tensor[] signs, Tensor[] chain)");
+  m.def("critic_input_gradient_backward(Tensor grad, Tensor[] parameters, Tensor[] signs, Tensor[] chain, int[] program, float[] slopes, ScalarType compute_dtype, bool channels_last, int[] wanted) -> Tensor[]");
   // spectral
   // sinkhorn
   // clang-format on
@@ -64,8 +64,8 @@ TORCH_LIBRARY(wgan_ext, m) {
 
 PYBIND11_MODULE(_C, m) {
   // critic
-  Entry<Tensor(const Tensor&, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool,
-               std::optional<at::ScalarType>)>::bind(m, "critic_input_gradient");
+  Entry<Tensor(const Tensor&, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool, at::ScalarType, bool)>::bind(
+      m, "critic_input_gradient");
   // spectral
   // sinkhorn
 

@@ -171,7 +171,13 @@ def test_layouts_of_the_input(layout: str, device: torch.device) -> None:
         gradient, expected = input_gradient(critic, y, engine="analytic"), reference.input_gradient(critic, y)
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
         torch.testing.assert_close(gradient, expected, **tolerance)
-        assert_same(parameter_gradients(gradient, critic), parameter_gradients(expected, critic), **tolerance)
+        for format in (torch.contiguous_format, torch.channels_last):
+            cotangent = torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=format)
+            got, want = (
+                torch.autograd.grad(g, [*critic.parameters()], cotangent, retain_graph=True, allow_unused=True)
+                for g in (gradient, expected)
+            )
+            assert_same(list(got), list(want), **tolerance)
 
 
 @pytest.mark.parametrize("name", ["mlp", "images", "linear on top", "sequences"])
@@ -420,7 +426,7 @@ def test_explain_prints_a_table() -> None:
         "engine: autograd (layer '1.0', Tanh(), is of a class that the analytic engine does not know)",
         "layer                                                     engine    reason",
         "0      Linear(in_features=3, out_features=4, bias=True)   analytic",
-        f"1.0    Tanh(){' ' * 43}autograd  is of a class that the analytic engine does not know",
+        f"1.0    Tanh(){' ' * 45}autograd  is of a class that the analytic engine does not know",
         "2      Linear(in_features=4, out_features=1, bias=False)  analytic",
     ]
     assert str(explain(mlp(3, 1), torch.randn(2, 3))).splitlines()[0] == "engine: analytic"
@@ -568,7 +574,7 @@ def test_graph_is_freed() -> None:
         (mlp(3, 1), torch.tensor(1.0), ValueError, "at least one sample"),
         (mlp(3, 1), torch.ones(3), ValueError, r"x must have shape \[B, \.\.\.\]"),
         (mlp(3, 1), torch.ones(2, 4), ValueError, r"layer 0 \(linear\) takes .* of 3, got shape \[2, 4\]"),
-        (mlp(3, 1), torch.ones(2, 3).double(), TypeError, "parameters must have the dtype of x"),
+        (mlp(3, 1), torch.ones(2, 3).double(), TypeError, r"x must have the dtype of the critic \(torch.float32\)"),
         (
             mlp(3, 1),
             torch.ones(2, 3, device="meta"),
@@ -612,7 +618,9 @@ def test_unknown_engine() -> None:
 )
 def test_errors_of_the_operator(parameters: Any, program: Any, slopes: Any, match: str) -> None:
     with pytest.raises(ValueError, match=f"critic_input_gradient: .*{match}"):
-        torch.ops.wgan_ext.critic_input_gradient(torch.ones(2, 3), parameters, program, slopes, False, None)
+        torch.ops.wgan_ext.critic_input_gradient(
+            torch.ones(2, 3), parameters, program, slopes, False, torch.float32, False
+        )
 
 
 def test_compiled_step() -> None:

@@ -12,7 +12,8 @@ def critic_input_gradient(
     program: Sequence[int],
     slopes: Sequence[float],
     mean_outputs: bool,
-    compute_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype,
+    channels_last: bool,
 ) -> Tensor: ...
 
 # spectral

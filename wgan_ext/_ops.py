@@ -31,7 +31,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return call
 
 
-def _suggested_format(x: Tensor) -> torch.memory_format:
+def suggested_format(x: Tensor) -> torch.memory_format:
     """The memory format that ATen takes x to have: Tensor.suggest_memory_format in C++."""
     for format, dim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         if x.dim() == dim and x.is_contiguous(memory_format=format) and not x.is_contiguous():
@@ -55,10 +55,11 @@ def _critic_input_gradient(
     program: Sequence[int],
     slopes: Sequence[float],
     mean_outputs: bool,
-    compute_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype,
+    channels_last: bool,
 ) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=_suggested_format(x))
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=suggested_format(x))
 
 
 @_register_fake("wgan_ext::critic_input_gradient_forward")
@@ -68,7 +69,8 @@ def _critic_input_gradient_forward(
     program: Sequence[int],
     slopes: Sequence[float],
     mean_outputs: bool,
-    compute_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype,
+    channels_last: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     records: list[Sequence[int]] = []
     while program:
@@ -77,13 +79,6 @@ def _critic_input_gradient_forward(
         program = program[size:]
     kinds = [record[0] for record in records]
     last = max((i for i, kind in enumerate(kinds) if kind == ACTIVATION), default=-1)
-    dtype = compute_dtype or x.dtype
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and dtype in (torch.float16, torch.bfloat16):
-        dtype = torch.float32
-    channels_last = CONV2D in kinds and (
-        (on_cpu and dtype == torch.float32) or _suggested_format(x) == torch.channels_last
-    )
     remaining = iter(parameters)
     shape, signs, chain = list(x.shape), [], []
     for i, record in enumerate(records):
@@ -112,12 +107,9 @@ def _critic_input_gradient_forward(
         if record[0] in (LINEAR, CONV2D):
             u_shape = [1, *shape[1:]] if i > last else shape
             format = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
-            chain.append(torch.empty(u_shape, dtype=dtype, device=x.device, memory_format=format))
-    return (
-        _critic_input_gradient(x, parameters, program, slopes, mean_outputs, compute_dtype),
-        signs,
-        chain,
-    )
+            chain.append(torch.empty(u_shape, dtype=compute_dtype, device=x.device, memory_format=format))
+    grad = _critic_input_gradient(x, parameters, program, slopes, mean_outputs, compute_dtype, channels_last)
+    return grad, signs, chain
 
 
 @_register_fake("wgan_ext::critic_input_gradient_backward")
@@ -128,11 +120,12 @@ def _critic_input_gradient_backward(
     chain: list[Tensor],
     program: Sequence[int],
     slopes: Sequence[float],
-    compute_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype,
+    channels_last: bool,
     wanted: Sequence[int],
 ) -> list[Tensor]:
     weights = [parameter for parameter in parameters if parameter.dim() > 1]
-    return [torch.empty_like(weights[i], memory_format=_suggested_format(weights[i])) for i in wanted]
+    return [torch.empty_like(weights[i], memory_format=suggested_format(weights[i])) for i in wanted]
 
 
 # spectral

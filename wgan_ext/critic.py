@@ -192,6 +192,8 @@ class _Trace:
     slopes: list[float] = dataclasses.field(default_factory=list)
     weighted: list[nn.Linear | nn.Conv2d] = dataclasses.field(default_factory=list)
     """The modules whose parameters the program takes, in order."""
+    images: bool = False
+    """Whether there is a convolution."""
 
 
 def _trace(critic: Critic, *, single: bool, extra_arguments: bool) -> _Trace:
@@ -263,6 +265,7 @@ def _conv2d(module: nn.Conv2d, trace: _Trace) -> str:
     if left != right or top != bottom:
         return "pads unevenly"
     trace.program += (_ops.CONV2D, module.bias is not None, *module.stride, top, left, *module.dilation, module.groups)
+    trace.images = True
     trace.weighted.append(module)
     return ""
 
@@ -318,17 +321,30 @@ def _run(op: str, trace: _Trace, x: Tensor, mean_outputs: bool) -> Tensor:
             raise ValueError(f"{op}: x must be on the device of the critic ({parameters[-1].device}), got {x.device}")
         if module.bias is not None:
             parameters.append(module.bias)
-    compute_dtype = torch.get_autocast_dtype(x.device.type) if _autocast_applies(x) else None
+    on_cpu = x.device.type == "cpu"
+    compute_dtype = _autocast_dtype(x)
+    if compute_dtype is None:
+        compute_dtype = x.dtype
+        for parameter in parameters:
+            if parameter.dtype != x.dtype:
+                raise TypeError(f"{op}: x must have the dtype of the critic ({parameter.dtype}), got {x.dtype}")
+    if on_cpu and compute_dtype.itemsize == 2:
+        compute_dtype = torch.float32
+    # oneDNN's convolutions are faster in channels_last (from 3 to 64 channels, several times); it has no float64.
+    channels_last = trace.images and (
+        (on_cpu and compute_dtype == torch.float32) or _ops.suggested_format(x) == torch.channels_last
+    )
     gradient: Tensor = _ops.critic_input_gradient(
-        x, parameters, trace.program, trace.slopes, mean_outputs, compute_dtype
+        x, parameters, trace.program, trace.slopes, mean_outputs, compute_dtype, channels_last
     )
     return gradient
 
 
-def _autocast_applies(x: Tensor) -> bool:
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast, where it is on, casts x to; like autocast, this leaves float64 alone."""
     device_type = x.device.type
-    available = torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on and x.dtype != torch.float64 else None
 
 
 def _double_backward(

@@ -13,7 +13,8 @@
 //   conv2d      1, has_bias, stride (2), padding (2), dilation (2), groups
 //   flatten     2, start_dim, end_dim
 //   activation  3                                     leaky relu with the next of `slopes`; 0 is relu
-// and `parameters` holds the weight, and the bias if there is one, of each linear and conv2d layer in turn.
+// and `parameters` holds the weight, and the bias if there is one, of each linear and conv2d layer in turn. The
+// products run in compute_dtype, on images that lie in channels_last or contiguous memory.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -67,7 +68,6 @@ struct Critic {
   int64_t weights = 0;
   int64_t activations = 0;
   int64_t last_activation = -1;  // index in layers
-  bool images = false;           // whether there is a convolution
 };
 
 Critic read_program(TensorList parameters, IntArrayRef program, Slopes slopes) {
@@ -94,7 +94,6 @@ Critic read_program(TensorList parameters, IntArrayRef program, Slopes slopes) {
           layer.padding = take(2);
           layer.dilation = take(2);
           layer.groups = take(1)[0];
-          critic.images = true;
         }
         layer.weight = critic.weights++;
         layer.W = take_parameter();
@@ -199,15 +198,9 @@ struct Frame {
   at::TensorOptions options;
   at::MemoryFormat images;
 
-  Frame(const Critic& critic, const Tensor& x, std::optional<at::ScalarType> compute_dtype) {
-    at::ScalarType dtype = compute_dtype.value_or(x.scalar_type());
-    if (x.is_cpu() && at::isReducedFloatingType(dtype)) dtype = at::kFloat;
-    options = x.options().dtype(dtype);
-    // oneDNN's convolutions are faster in channels_last (3 to 64 channels: several times); it has no float64.
-    const bool channels_last = critic.images && ((x.is_cpu() && dtype == at::kFloat) ||
-                                                 x.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
-    images = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  }
+  Frame(const Tensor& x, at::ScalarType compute_dtype, bool channels_last)
+      : options(x.options().dtype(compute_dtype)),
+        images(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous) {}
 
   at::MemoryFormat format(IntArrayRef shape) const { return shape.size() == 4 ? images : at::MemoryFormat::Contiguous; }
   Tensor arrange(const Tensor& t) const { return t.contiguous(format(t.sizes())); }
@@ -292,15 +285,12 @@ Tensor mask(const Frame& frame, const Critic& critic, int64_t index, const Tenso
   return out;
 }
 
-void check_inputs(const Tensor& x, TensorList parameters, std::optional<at::ScalarType> compute_dtype) {
+void check_inputs(const Tensor& x, TensorList parameters) {
   check_floating(kOp, "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 2, kOp, ": x must have shape [B, ...] with at least 2 dimensions, got ", x.sizes());
   for (const Tensor& parameter : parameters) {
     check_same_device(kOp, "parameters", parameter, "x", x);
-    if (compute_dtype)
-      check_floating(kOp, "parameters", parameter);
-    else
-      check_same_dtype(kOp, "parameters", parameter, "x", x);
+    check_floating(kOp, "parameters", parameter);
   }
 }
 
@@ -364,12 +354,12 @@ std::vector<Tensor> forward_signs(const Frame& frame, const Critic& critic, cons
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> input_gradient_forward(
     const Tensor& x, TensorList parameters, IntArrayRef program, Slopes slopes, bool mean_outputs,
-    std::optional<at::ScalarType> compute_dtype) {
-  check_inputs(x, parameters, compute_dtype);
+    at::ScalarType compute_dtype, bool channels_last) {
+  check_inputs(x, parameters);
   Critic critic = read_program(parameters, program, slopes);
   const std::vector<Shape> shapes = trace_shapes(critic, x.sizes());
   const Plain plain;
-  const Frame frame(critic, x, compute_dtype);
+  const Frame frame(x, compute_dtype, channels_last);
   enter_parameters(frame, critic);
   const std::vector<Tensor> signs = forward_signs(frame, critic, x, shapes);
 
@@ -401,14 +391,15 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> input_gradient_forw
 }
 
 Tensor input_gradient(const Tensor& x, TensorList parameters, IntArrayRef program, Slopes slopes, bool mean_outputs,
-                      std::optional<at::ScalarType> compute_dtype) {
-  return std::get<0>(input_gradient_forward(x, parameters, program, slopes, mean_outputs, compute_dtype));
+                      at::ScalarType compute_dtype, bool channels_last) {
+  return std::get<0>(
+      input_gradient_forward(x, parameters, program, slopes, mean_outputs, compute_dtype, channels_last));
 }
 
 // The gradients of the weights (not the biases) whose indices are in `wanted`, which ascends.
 std::vector<Tensor> input_gradient_backward(const Tensor& grad, TensorList parameters, TensorList signs,
                                             TensorList chain, IntArrayRef program, Slopes slopes,
-                                            std::optional<at::ScalarType> compute_dtype, IntArrayRef wanted) {
+                                            at::ScalarType compute_dtype, bool channels_last, IntArrayRef wanted) {
   constexpr char op[] = "critic_input_gradient_backward";
   Critic critic = read_program(parameters, program, slopes);
   const auto weights = static_cast<size_t>(critic.weights);
@@ -418,7 +409,7 @@ std::vector<Tensor> input_gradient_backward(const Tensor& grad, TensorList param
                     ": signs must have one tensor an activation (", critic.activations, "), got ", signs.size());
   const std::vector<Shape> shapes = trace_shapes(critic, grad.sizes());
   const Plain plain;
-  const Frame frame(critic, grad, compute_dtype);
+  const Frame frame(grad, compute_dtype, channels_last);
   std::vector<at::ScalarType> dtypes;
   for (const Layer& layer : critic.layers)
     if (layer.weighted()) dtypes.push_back(layer.W.scalar_type());
@@ -489,7 +480,8 @@ struct Program {
   IntArrayRef layers;
   Slopes slopes;
   bool mean_outputs;
-  std::optional<at::ScalarType> compute_dtype;
+  at::ScalarType compute_dtype;
+  bool channels_last;
 };
 
 // Only the gradient is an output; signs and chain are saved though they are not, which is sound because the backward
@@ -501,8 +493,8 @@ struct InputGradient : torch::autograd::Function<InputGradient> {
   static Tensor forward(Context* ctx, const Tensor& x, TensorList parameters, const Program& program) {
     static const auto op = typed_handle<decltype(input_gradient_forward)>("wgan_ext::critic_input_gradient_forward");
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [grad, signs, chain] =
-        op.call(x, parameters, program.layers, program.slopes, program.mean_outputs, program.compute_dtype);
+    auto [grad, signs, chain] = op.call(x, parameters, program.layers, program.slopes, program.mean_outputs,
+                                        program.compute_dtype, program.channels_last);
     Variables saved = parameters.vec();
     saved.insert(saved.end(), signs.begin(), signs.end());
     saved.insert(saved.end(), chain.begin(), chain.end());
@@ -511,6 +503,7 @@ struct InputGradient : torch::autograd::Function<InputGradient> {
     ctx->saved_data["program"] = program.layers;
     ctx->saved_data["slopes"] = program.slopes;
     ctx->saved_data["compute_dtype"] = program.compute_dtype;
+    ctx->saved_data["channels_last"] = program.channels_last;
     return grad;
   }
 
@@ -520,7 +513,8 @@ struct InputGradient : torch::autograd::Function<InputGradient> {
     const TensorList all(saved);
     const std::vector<int64_t> program = ctx->saved_data["program"].toIntVector();
     const std::vector<double> slopes = ctx->saved_data["slopes"].toDoubleVector();
-    const auto compute_dtype = ctx->saved_data["compute_dtype"].toOptional<at::ScalarType>();
+    const at::ScalarType compute_dtype = ctx->saved_data["compute_dtype"].toScalarType();
+    const bool channels_last = ctx->saved_data["channels_last"].toBool();
     const size_t count = ctx->saved_data["parameters"].toInt();
     const TensorList parameters = all.slice(0, count), signs = all.slice(count, slopes.size()),
                      chain = all.slice(count + slopes.size());
@@ -535,7 +529,7 @@ struct InputGradient : torch::autograd::Function<InputGradient> {
     for (const auto i : c10::irange(place.weight.size()))
       if (ctx->needs_input_grad(place.weight[i] + 1)) wanted.push_back(static_cast<int64_t>(i));
     const std::vector<Tensor> gradients =
-        op.call(grads[0], parameters, signs, chain, program, slopes, compute_dtype, wanted);
+        op.call(grads[0], parameters, signs, chain, program, slopes, compute_dtype, channels_last, wanted);
     for (const auto i : c10::irange(wanted.size())) result[place.weight[wanted[i]] + 1] = gradients[i];
     return result;
   }
@@ -561,15 +555,17 @@ struct Once : torch::autograd::Function<Once> {
 
 std::vector<Tensor> input_gradient_backward_autograd(const Tensor& grad, TensorList parameters, TensorList signs,
                                                      TensorList chain, IntArrayRef program, Slopes slopes,
-                                                     std::optional<at::ScalarType> compute_dtype, IntArrayRef wanted) {
+                                                     at::ScalarType compute_dtype, bool channels_last,
+                                                     IntArrayRef wanted) {
   static const auto op = typed_handle<decltype(input_gradient_backward)>("wgan_ext::critic_input_gradient_backward");
-  return Once::apply(grad, parameters,
-                     [&] { return op.call(grad, parameters, signs, chain, program, slopes, compute_dtype, wanted); });
+  return Once::apply(grad, parameters, [&] {
+    return op.call(grad, parameters, signs, chain, program, slopes, compute_dtype, channels_last, wanted);
+  });
 }
 
 Tensor input_gradient_autograd(const Tensor& x, TensorList parameters, IntArrayRef program, Slopes slopes,
-                               bool mean_outputs, std::optional<at::ScalarType> compute_dtype) {
-  return InputGradient::apply(x, parameters, Program{program, slopes, mean_outputs, compute_dtype});
+                               bool mean_outputs, at::ScalarType compute_dtype, bool channels_last) {
+  return InputGradient::apply(x, parameters, Program{program, slopes, mean_outputs, compute_dtype, channels_last});
 }
 
 template <typename Library>
