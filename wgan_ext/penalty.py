@@ -197,7 +197,9 @@ class GradientPenalty(nn.Module):
         due = self.calls % self.every == 0
         self.calls += 1
         if not due:
-            return self._nothing(fake if self.options["at"] == "fake" else real)
+            return self._nothing(
+                _first_batch("fake", fake) if self.options["at"] == "fake" else _first_batch("real", real)
+            )
         result: Tensor | tuple[Tensor, Tensor] = gradient_penalty(
             critic,
             real,
@@ -213,8 +215,7 @@ class GradientPenalty(nn.Module):
             return result
         return (self.every * result[0], result[1]) if isinstance(result, tuple) else self.every * result
 
-    def _nothing(self, x: Inputs | None) -> Tensor | tuple[Tensor, Tensor]:
-        first = _first_batch(self.options["at"], x)
+    def _nothing(self, first: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(first.dtype)
         shape = (first.shape[0],) if self.options["reduction"] == "none" else ()
         penalty = torch.zeros(shape, dtype=dtype, device=first.device)
