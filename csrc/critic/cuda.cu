@@ -66,7 +66,7 @@ __device__ void for_bytes(int64_t rows, int64_t bytes, int width, const Body& bo
 }
 
 template <typename T, bool aligned>
-__global__ void __launch_bounds__(kThreads) activate_kernel(const T* z, const T* bias, ComputeT<T> slope, T* h,
+__global__ void __launch_bounds__(kThreads, 4) activate_kernel(const T* z, const T* bias, ComputeT<T> slope, T* h,
                                                             uint8_t* signs, int64_t rows, int64_t columns, int width) {
   const int64_t bytes = ceil_div(columns, 8);
   for_bytes(rows, bytes, width, [=](int64_t row, int64_t byte) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(const T* z, const T*
 }
 
 template <typename T, bool aligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     mask_kernel(const T* in, int64_t in_rows, const uint8_t* signs, ComputeT<T> slope, T* out, int64_t rows,
                 int64_t columns, int width) {
   const int64_t bytes = ceil_div(columns, 8);

@@ -20,6 +20,7 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -29,12 +30,14 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../backend.h"
 #include "../checks.h"
+#include "../half.h"
 #include "kernels.h"
 
 namespace wgan_ext::critic {
@@ -253,20 +256,32 @@ template <typename Call>
 void with_kernels(const Tensor& t, const Call& call) {
   if (t.numel() == 0) return;
   const DeviceScope scope(t);
-  if (t.scalar_type() == at::kDouble)
-    call(kernels_for<Kernels<double>>(kOp, t), double{}, scope.stream());
-  else
-    call(kernels_for<Kernels<float>>(kOp, t), float{}, scope.stream());
+  if (t.scalar_type() == at::kDouble) return call(kernels_for<Kernels<double>>(kOp, t), scope.stream());
+  if (t.scalar_type() == at::kFloat) return call(kernels_for<Kernels<float>>(kOp, t), scope.stream());
+#if defined(WGAN_EXT_CUDA)
+  if (t.is_cuda() && t.scalar_type() == at::kHalf) return call(Kernels<Half>::cuda(), scope.stream());
+  if (t.is_cuda() && t.scalar_type() == at::kBFloat16) return call(Kernels<BFloat16>::cuda(), scope.stream());
+#endif
+  TORCH_CHECK_TYPE(false, kOp, ": compute_dtype must be one that ", t.device(), " has kernels for, got ",
+                   t.scalar_type());
+}
+
+template <typename T>
+const T* input(const Tensor& t, const Kernels<T>&) {
+  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+T* output(const Tensor& t, const Kernels<T>&) {
+  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
 // The signs of z + bias; h, if defined, becomes the activation and may be z.
 Tensor activate(const Layer& layer, Matrix size, const Tensor& z, const Tensor& bias, const Tensor& h) {
   Tensor signs = at::empty({size.rows, ceil_div(size.columns, 8)}, z.options().dtype(at::kByte));
-  with_kernels(z, [&](const auto& kernels, auto type, Stream stream) {
-    using T = decltype(type);
-    kernels.activate(z.const_data_ptr<T>(), bias.defined() ? bias.const_data_ptr<T>() : nullptr, layer.slope,
-                     h.defined() ? h.mutable_data_ptr<T>() : nullptr, signs.mutable_data_ptr<uint8_t>(), size.rows,
-                     size.columns, stream);
+  with_kernels(z, [&](const auto& kernels, Stream stream) {
+    kernels.activate(input(z, kernels), input(bias, kernels), layer.slope, output(h, kernels),
+                     signs.mutable_data_ptr<uint8_t>(), size.rows, size.columns, stream);
   });
   return signs;
 }
@@ -277,10 +292,10 @@ Tensor mask(const Frame& frame, const Critic& critic, int64_t index, const Tenso
   const Layer& layer = critic.layers[index];
   const Matrix size(critic, index, shape);
   const Tensor out = owned && t.sizes() == shape ? t : frame.empty(shape);
-  with_kernels(out, [&](const auto& kernels, auto type, Stream stream) {
-    using T = decltype(type);
-    kernels.mask(t.const_data_ptr<T>(), Matrix(critic, index, t.sizes()).rows, signs.const_data_ptr<uint8_t>(),
-                 layer.slope, out.mutable_data_ptr<T>(), size.rows, size.columns, stream);
+  const int64_t in_rows = Matrix(critic, index, t.sizes()).rows;
+  with_kernels(out, [&](const auto& kernels, Stream stream) {
+    kernels.mask(input(t, kernels), in_rows, signs.const_data_ptr<uint8_t>(), layer.slope, output(out, kernels),
+                 size.rows, size.columns, stream);
   });
   return out;
 }
@@ -415,8 +430,12 @@ std::vector<Tensor> input_gradient_backward(const Tensor& grad, TensorList param
     if (layer.weighted()) dtypes.push_back(layer.W.scalar_type());
   enter_parameters(frame, critic);
 
+  // The chain is linear in grad. In float16 it is carried scaled to entries of about 1, lest it underflow.
+  Tensor scale;
+  if (compute_dtype == at::kFloat || compute_dtype == at::kDouble)
+    scale = at::linalg_vector_norm(grad, INFINITY).clamp(1e-30, 1e30).log2().floor().exp2();
   std::vector<Tensor> gradients;
-  Tensor v = frame.enter(grad);
+  Tensor v = frame.enter(scale.defined() ? grad.div(scale) : grad);
   bool owned = false;
   if (critic.last_activation < 0) v = frame.arrange(v.sum(0, true));
   for (int64_t i = 0; gradients.size() < wanted.size(); ++i) {
@@ -424,8 +443,8 @@ std::vector<Tensor> input_gradient_backward(const Tensor& grad, TensorList param
     const Shape out_shape = i > critic.last_activation ? one_sample(shapes[i + 1]) : shapes[i + 1];
     if (layer.weighted() && layer.weight == wanted[gradients.size()]) {
       const Tensor& u = chain[layer.weight];
-      const Tensor gradient =
-          layer.kind == Kind::linear ? at::mm(rows(u).t(), rows(v)) : conv2d_weight_gradient(layer, u, v);
+      Tensor gradient = layer.kind == Kind::linear ? at::mm(rows(u).t(), rows(v)) : conv2d_weight_gradient(layer, u, v);
+      if (scale.defined()) gradient = gradient.to(scale.scalar_type()).mul(scale);
       gradients.push_back(gradient.to(dtypes[layer.weight]).contiguous(layer.W.suggest_memory_format()));
       if (gradients.size() == wanted.size()) break;
     }
