@@ -432,7 +432,7 @@ std::vector<Tensor> input_gradient_backward(const Tensor& grad, TensorList param
 
   // The chain is linear in grad. In float16 it is carried scaled to entries of about 1, lest it underflow.
   Tensor scale;
-  if (compute_dtype == at::kFloat || compute_dtype == at::kDouble)
+  if (compute_dtype == at::kHalf)
     scale = at::linalg_vector_norm(grad, INFINITY).clamp(1e-30, 1e30).log2().floor().exp2();
   std::vector<Tensor> gradients;
   Tensor v = frame.enter(scale.defined() ? grad.div(scale) : grad);
