@@ -54,6 +54,9 @@ struct Entry<Result(Args...)> {
 TORCH_LIBRARY(wgan_ext, m) {
   // clang-format off
   // critic
+  m.def("critic_input_gradient(Tensor x, Tensor[] parameters, int[] program, float[] slopes, bool mean_outputs, ScalarType compute_dtype, bool channels_last) -> Tensor");
+  m.def("critic_input_gradient_forward(Tensor x, Tensor[] parameters, int[] program, float[] slopes, bool mean_outputs, ScalarType compute_dtype, bool channels_last) -> (Tensor grad, Tensor[] signs, Tensor[] chain)");
+  m.def("critic_input_gradient_backward(Tensor grad, Tensor[] parameters, Tensor[] signs, Tensor[] chain, int[] program, float[] slopes, ScalarType compute_dtype, bool channels_last, int[] wanted) -> Tensor[]");
   // spectral
   m.def("spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor weight, Tensor u, Tensor v, Tensor sigma)");
   m.def("spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim) -> Tensor");
@@ -64,6 +67,8 @@ TORCH_LIBRARY(wgan_ext, m) {
 
 PYBIND11_MODULE(_C, m) {
   // critic
+  Entry<Tensor(const Tensor&, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool, at::ScalarType, bool)>::bind(
+      m, "critic_input_gradient");
   // spectral
   Entry<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, bool)>::bind(m, "spectral_norm");
   Entry<Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t)>::bind(m, "spectral_norm_backward");

@@ -11,8 +11,64 @@ from typing import Any
 import pytest
 import torch
 
+import wgan_ext  # noqa: F401  (registers the operators)
+
+Samples = Callable[[torch.device], list[tuple[Any, ...]]]
+
+# critic
+
+
+def critic_input_gradient(device: torch.device) -> list[tuple[Any, ...]]:
+    def samples(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, dtype=dtype, device=device)
+
+        def parameters(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+            return [random(*shape).requires_grad_(requires_grad) for shape in shapes]
+
+        mlp = parameters((9, 5), (9,), (4, 9), (2, 4), (2,))
+        images = parameters((6, 3, 4, 4), (6,), (4, 3, 3, 2), (1, 4 * 4 * 5), (1,))
+        program = [1, 1, 2, 2, 1, 1, 1, 1, 1, 3, 1, 0, 1, 1, 1, 1, 1, 1, 2, 3, 2, 1, -1, 0, 1]
+        x = random(2, 3, 8, 8)
+        return [
+            (random(3, 5), mlp, [0, 1, 3, 0, 0, 3, 0, 1], [0.2, 0.0], False, dtype, False),
+            (random(3, 2, 5), mlp, [0, 1, 3, 0, 0, 0, 1], [0.0], True, dtype, False),
+            (random(3, 5), mlp[:1], [0, 0], [], False, dtype, False),
+            (x, images, program, [0.1, 0.0], False, dtype, False),
+            (x.to(memory_format=torch.channels_last), images, program, [0.1, 0.0], False, dtype, True),
+        ]
+
+    mlp, sequence, linear, images, channels_last = samples(torch.float64, True)
+    single = samples(torch.float32, True)
+    half = [(*sample[:5], torch.float32, sample[6]) for sample in samples(torch.bfloat16, True)]
+    return [mlp, sequence, linear, images, channels_last, single[4], half[0], half[3]]
+
+
+def critic_input_gradient_forward(device: torch.device) -> list[tuple[Any, ...]]:
+    return [
+        (sample[0], [parameter.detach() for parameter in sample[1]], *sample[2:])
+        for sample in critic_input_gradient(device)
+    ]
+
+
+def critic_input_gradient_backward(device: torch.device) -> list[tuple[Any, ...]]:
+    samples = []
+    for x, parameters, program, slopes, _, dtype, channels_last in critic_input_gradient_forward(device):
+        grad, signs, chain = torch.ops.wgan_ext.critic_input_gradient_forward(
+            x, parameters, program, slopes, False, dtype, channels_last
+        )
+        weights = list(range(len(chain)))
+        for wanted in (weights, weights[-1:]):
+            samples.append((grad, parameters, signs, chain, program, slopes, dtype, channels_last, wanted))
+    return samples
+
+
 # name of the operator -> its sample inputs for a device. Every operator in the library must stand here.
-SAMPLES: dict[str, Callable[[torch.device], list[tuple[Any, ...]]]] = {}
+SAMPLES: dict[str, Samples] = {
+    "critic_input_gradient": critic_input_gradient,
+    "critic_input_gradient_forward": critic_input_gradient_forward,
+    "critic_input_gradient_backward": critic_input_gradient_backward,
+}
 
 
 # spectral

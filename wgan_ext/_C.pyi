@@ -1,8 +1,20 @@
 """Types of the compiled extension (csrc/bindings.cpp)."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 # critic
+def critic_input_gradient(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    program: Sequence[int],
+    slopes: Sequence[float],
+    mean_outputs: bool,
+    compute_dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor: ...
 
 # spectral
 def spectral_norm(

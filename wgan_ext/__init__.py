@@ -10,19 +10,27 @@ except ImportError as error:
         "run `make build` in the checkout, or `pip install --no-build-isolation .`"
     ) from error
 from ._build import BuildInfo, build_info
+from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
+from .penalty import GradientPenalty, gradient_penalty
 from .spectral import remove_spectral_norm, spectral_norm
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildInfo",
+    "CriticPlan",
+    "GradientPenalty",
+    "LayerPlan",
     "build_info",
     "clip_weights_",
     "critic_loss",
+    "explain",
     "gan_critic_loss",
     "gan_generator_loss",
     "generator_loss",
+    "gradient_penalty",
+    "input_gradient",
     "js_divergence",
     "remove_spectral_norm",
     "spectral_norm",

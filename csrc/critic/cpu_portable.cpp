@@ -1,0 +1,2 @@
+#define WGAN_EXT_LEVEL_PORTABLE
+#include "cpu.cpp"

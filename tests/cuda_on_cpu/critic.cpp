@@ -1,0 +1,122 @@
+// The CUDA kernels of the critic engine against the portable CPU kernels, 16-bit types included.
+#include <cmath>
+#include <string>
+
+#include "check.h"
+#include "critic/kernels.h"
+#include "half.cuh"
+
+using namespace wgan_ext;
+using namespace wgan_ext::critic;
+
+namespace {
+
+template <typename T>
+using Reference = device::ComputeT<T>;
+
+template <typename T>
+constexpr const char* kName = "double";
+template <>
+constexpr const char* kName<float> = "float";
+template <>
+constexpr const char* kName<Half> = "half";
+template <>
+constexpr const char* kName<BFloat16> = "bfloat16";
+
+template <typename T>
+std::vector<T> narrowed(const std::vector<Reference<T>>& values) {
+  std::vector<T> result(values.size());
+  for (size_t i = 0; i < values.size(); ++i) device::narrow(result[i], values[i]);
+  return result;
+}
+
+template <typename T>
+std::vector<Reference<T>> widened(const std::vector<T>& values) {
+  std::vector<Reference<T>> result;
+  for (const T& value : values) result.push_back(device::widen(value));
+  return result;
+}
+
+// As the 16-bit type holds them, and with `offset` elements in front that must not be touched.
+template <typename T>
+std::vector<Reference<T>> inputs(int64_t n, uint32_t seed, int64_t offset) {
+  std::vector<Reference<T>> values = widened(narrowed<T>(check::random<Reference<T>>(n + offset, seed)));
+  for (int64_t i = offset; i < n + offset; i += 13) values[i] = 0;
+  for (int64_t i = offset + 5; i < n + offset; i += 29) values[i] = i % 2 ? INFINITY : -INFINITY;
+  return values;
+}
+
+template <typename T>
+void compare(int64_t rows, int64_t columns, double slope, int64_t offset) {
+  using C = Reference<T>;
+  const std::string name = std::string(kName<T>) + " [" + std::to_string(rows) + ", " + std::to_string(columns) +
+                           "] slope " + std::to_string(slope) + " offset " + std::to_string(offset) + ": ";
+  const auto& cpu = portable::table<C>();
+  const auto& cuda = Kernels<T>::cuda();
+  const double tolerance = sizeof(T) == 2 ? 4e-3 : 0;
+  const int64_t n = rows * columns, bytes = rows * ceil_div(columns, 8);
+
+  const std::vector<C> z = inputs<T>(n, 1, offset), bias = inputs<T>(columns, 2, 0);
+  const std::vector<T> z_narrow = narrowed<T>(z), bias_narrow = narrowed<T>(bias);
+  for (const bool with_bias : {false, true}) {
+    std::vector<C> want(n + offset, C(7));
+    std::vector<uint8_t> want_signs(bytes, 0xaa);
+    cpu.activate(z.data() + offset, with_bias ? bias.data() : nullptr, slope, want.data() + offset, want_signs.data(),
+                 rows, columns, nullptr);
+    for (const bool with_h : {false, true}) {
+      std::vector<T> h = narrowed<T>(std::vector<C>(n + offset, C(7)));
+      std::vector<uint8_t> signs(bytes, 0x55);
+      cuda.activate(z_narrow.data() + offset, with_bias ? bias_narrow.data() : nullptr, slope,
+                    with_h ? h.data() + offset : nullptr, signs.data(), rows, columns, nullptr);
+      check::equal((name + "signs").c_str(), std::vector<int>(signs.begin(), signs.end()),
+                   std::vector<int>(want_signs.begin(), want_signs.end()));
+      if (with_h) check::close((name + "activation").c_str(), widened(h), want, tolerance);
+    }
+    std::vector<T> in_place = z_narrow;
+    std::vector<uint8_t> signs(bytes, 0x55);
+    cuda.activate(in_place.data() + offset, with_bias ? bias_narrow.data() : nullptr, slope, in_place.data() + offset,
+                  signs.data(), rows, columns, nullptr);
+    for (int64_t i = 0; i < offset; ++i) in_place[i] = narrowed<T>({C(7)})[0];
+    check::close((name + "activation in place").c_str(), widened(in_place), want, tolerance);
+
+    for (const int64_t in_rows : {int64_t{1}, rows}) {
+      const std::vector<C> in = inputs<T>(in_rows * columns, 3, offset);
+      std::vector<C> masked(n + offset, C(7));
+      cpu.mask(in.data() + offset, in_rows, want_signs.data(), slope, masked.data() + offset, rows, columns, nullptr);
+      std::vector<T> got = narrowed<T>(std::vector<C>(n + offset, C(7)));
+      cuda.mask(narrowed<T>(in).data() + offset, in_rows, want_signs.data(), slope, got.data() + offset, rows, columns,
+                nullptr);
+      check::close((name + "mask").c_str(), widened(got), masked, tolerance);
+      if (in_rows != rows) continue;
+      std::vector<T> in_place_mask = narrowed<T>(in);
+      cuda.mask(in_place_mask.data() + offset, rows, want_signs.data(), slope, in_place_mask.data() + offset, rows,
+                columns, nullptr);
+      for (int64_t i = 0; i < offset; ++i) in_place_mask[i] = narrowed<T>({C(7)})[0];
+      check::close((name + "mask in place").c_str(), widened(in_place_mask), masked, tolerance);
+    }
+  }
+}
+
+template <typename T>
+void compare_all(bool small) {
+  const std::vector<std::pair<int64_t, int64_t>> few = {{1, 1}, {3, 7}, {5, 16}, {2, 33}, {300, 8}};
+  const std::vector<std::pair<int64_t, int64_t>> more = {{4, 512},  {1, 4099},  {2, 4096},
+                                                         {70, 129}, {1100, 24}, {9000, 1}};
+  for (const double slope : {0.0, 0.2}) {
+    for (const auto& [rows, columns] : few)
+      for (const int64_t offset : {0, 1}) compare<T>(rows, columns, slope, offset);
+    if (small) continue;
+    for (const auto& [rows, columns] : more) compare<T>(rows, columns, slope, 0);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool small = check::small(argc, argv);
+  compare_all<float>(small);
+  compare_all<double>(small);
+  compare_all<Half>(small);
+  compare_all<BFloat16>(small);
+  return check::verdict();
+}

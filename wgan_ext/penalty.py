@@ -1,0 +1,388 @@
+"""Gradient penalties: what drives the norm of a critic's input gradient towards a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args, overload
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import accumulation_dtype
+from .critic import Critic, Engine, Inputs, check_batch, critic_gradients, map_tensors, tensors_of
+
+__all__ = ["GradientPenalty", "gradient_penalty"]
+
+Points: TypeAlias = Literal["interpolates", "real", "fake", "noise"]
+Reduction: TypeAlias = Literal["mean", "sum", "max", "none"]
+OutputReduction: TypeAlias = Literal["sum", "mean"]
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
+
+
+@overload
+def gradient_penalty(
+    critic: Critic,
+    real: Inputs | None,
+    fake: Inputs | None = None,
+    *,
+    at: Points = "interpolates",
+    target: float | None = None,
+    one_sided: bool = False,
+    power: float = 2.0,
+    p: float = 2.0,
+    reduction: Reduction = "mean",
+    output_reduction: OutputReduction = "sum",
+    mask: Inputs | None = None,
+    generator: torch.Generator | None = None,
+    mix: Tensor | None = None,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    engine: Engine = "auto",
+    return_norms: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def gradient_penalty(
+    critic: Critic,
+    real: Inputs | None,
+    fake: Inputs | None = None,
+    *,
+    at: Points = "interpolates",
+    target: float | None = None,
+    one_sided: bool = False,
+    power: float = 2.0,
+    p: float = 2.0,
+    reduction: Reduction = "mean",
+    output_reduction: OutputReduction = "sum",
+    mask: Inputs | None = None,
+    generator: torch.Generator | None = None,
+    mix: Tensor | None = None,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    engine: Engine = "auto",
+    return_norms: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def gradient_penalty(
+    critic: Critic,
+    real: Inputs | None,
+    fake: Inputs | None = None,
+    *,
+    at: Points = "interpolates",
+    target: float | None = None,
+    one_sided: bool = False,
+    power: float = 2.0,
+    p: float = 2.0,
+    reduction: Reduction = "mean",
+    output_reduction: OutputReduction = "sum",
+    mask: Inputs | None = None,
+    generator: torch.Generator | None = None,
+    mix: Tensor | None = None,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    engine: Engine = "auto",
+    return_norms: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the penalty |n - target|^power over the batch, n the norm of the critic's gradient at one point a sample.
+
+    Unweighted: ``loss = fake_scores.mean() - real_scores.mean() + 10 * gradient_penalty(critic, real, fake)`` is
+    WGAN-GP (Gulrajani et al. 2017, eq. 3). Differentiable with respect to the critic's parameters, once by the analytic
+    engine (see ``input_gradient``) and as often as the critic by autograd; real and fake are detached. A gradient that
+    is 0 gets the subgradient 0.
+
+    Args:
+        critic: A map from a batch to as many scores, or maps of scores; see ``input_gradient``.
+        real: [B, ...], floating point, or a tuple, list or dict of such tensors, which the critic then gets as it
+            stands; the norm is over the concatenation of their gradients. Ignored at="fake", where it may be None.
+        fake: As real; needed at "interpolates" and "fake", else ignored.
+        at: Where the gradient is taken: "interpolates", mix * real + (1 - mix) * fake (WGAN-GP); "real" (R1, Mescheder
+            et al. 2018; its weight is gamma / 2); "fake" (R2); "noise", real + mix * 0.5 * std(real) * U[0, 1) with one
+            uniform number an element (DRAGAN, Kodali et al. 2017).
+        target: The norm that costs nothing; None is 1 at interpolates and noise, 0 at real and fake.
+        one_sided: Penalise only norms above the target (WGAN-LP, Petzka et al. 2018).
+        power: At least 1; 6 with target=0 is WGAN-div (Wu et al. 2018).
+        p: The order of the norm, from 1 to inf. A critic that is 1-Lipschitz in the s-norm has gradients of norm at
+            most 1 for p = s / (s - 1) (Banach WGAN, Adler and Lunz 2018).
+        reduction: Of the samples' penalties: "mean", "sum", "max" (ties share the gradient) or "none", which gives [B].
+        output_reduction: How several outputs of a sample, as of a patch critic, become its score: "sum" or "mean".
+        mask: Broadcastable to real, any dtype: the gradient is multiplied by it before the norm, so that elements of
+            the input where it is 0 are not constrained. For several inputs, a structure like real.
+        generator: Source of mix and noise, on the device of the inputs; None is torch's own.
+        mix: The mixing factors, [B, 1, ..., 1] or [B]; None draws one from U[0, 1) for each sample, in float32.
+        critic_args: Further positional arguments of the critic (labels, conditions); such critics take autograd.
+        critic_kwargs: Further named arguments of the critic; the same.
+        engine: "auto", "analytic" (raises where it cannot) or "autograd"; ``explain`` tells which "auto" takes.
+        return_norms: Return also the norms, [B], detached.
+
+    Returns:
+        A scalar, or [B] for reduction="none"; float64 for float64 inputs, else float32.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the critic loses the batch or ignores its input.
+        NotImplementedError: see ``input_gradient``; a generator, or the autograd engine, under torch.compile.
+    """
+    _check_options(at, target, power, p, reduction, output_reduction)
+    points = _points(at, real, fake, mix, generator)
+    gradients = critic_gradients(
+        "gradient_penalty",
+        critic,
+        points,
+        critic_args,
+        critic_kwargs,
+        engine,
+        mean_outputs=output_reduction == "mean",
+    )
+    if mask is not None:
+        gradients = _masked(gradients, points, mask)
+    norms = _norms(gradients, p)
+    penalty = _penalty(norms, _target(at, target), one_sided, power)
+    if reduction != "none":
+        penalty = _REDUCTIONS[reduction](penalty)
+    return (penalty, norms.detach()) if return_norms else penalty
+
+
+class GradientPenalty(nn.Module):
+    """``gradient_penalty`` with its options set once; on demand only at each k-th call (lazy regularisation).
+
+    With ``every=k`` the first call and each k-th one after it return k times the penalty, the others a zero without
+    gradient (and, for ``return_norms``, no norms: shape [0]). Karras et al. 2020 (StyleGAN2, appendix B) then scale
+    Adam's learning rate by c = k / (k + 1) and raise its betas to the power c. The count is kept in ``state_dict``.
+    """
+
+    def __init__(
+        self,
+        *,
+        at: Points = "interpolates",
+        target: float | None = None,
+        one_sided: bool = False,
+        power: float = 2.0,
+        p: float = 2.0,
+        reduction: Reduction = "mean",
+        output_reduction: OutputReduction = "sum",
+        engine: Engine = "auto",
+        return_norms: bool = False,
+        every: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_options(at, target, power, p, reduction, output_reduction)
+        if every < 1:
+            raise ValueError(f"GradientPenalty: every must be at least 1, got {every}")
+        self.options: dict[str, Any] = {
+            "at": at,
+            "target": target,
+            "one_sided": one_sided,
+            "power": power,
+            "p": p,
+            "reduction": reduction,
+            "output_reduction": output_reduction,
+            "engine": engine,
+            "return_norms": return_norms,
+        }
+        self.every = every
+        self.calls = 0
+
+    def forward(
+        self,
+        critic: Critic,
+        real: Inputs | None,
+        fake: Inputs | None = None,
+        *,
+        mask: Inputs | None = None,
+        generator: torch.Generator | None = None,
+        mix: Tensor | None = None,
+        critic_args: Sequence[Any] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the penalty, and the norms if return_norms, as ``gradient_penalty`` does."""
+        due = self.calls % self.every == 0
+        self.calls += 1
+        if not due:
+            return self._nothing(
+                _first_batch("fake", fake) if self.options["at"] == "fake" else _first_batch("real", real)
+            )
+        result: Tensor | tuple[Tensor, Tensor] = gradient_penalty(
+            critic,
+            real,
+            fake,
+            mask=mask,
+            generator=generator,
+            mix=mix,
+            critic_args=critic_args,
+            critic_kwargs=critic_kwargs,
+            **self.options,
+        )
+        if self.every == 1:
+            return result
+        return (self.every * result[0], result[1]) if isinstance(result, tuple) else self.every * result
+
+    def _nothing(self, first: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(first.dtype)
+        shape = (first.shape[0],) if self.options["reduction"] == "none" else ()
+        penalty = torch.zeros(shape, dtype=dtype, device=first.device)
+        return (penalty, penalty.new_zeros(0)) if self.options["return_norms"] else penalty
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Return what state_dict keeps: the number of calls."""
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take what state_dict kept."""
+        self.calls = state["calls"]
+
+    def extra_repr(self) -> str:
+        """Name the options."""
+        return ", ".join(f"{name}={value!r}" for name, value in {**self.options, "every": self.every}.items())
+
+
+def _check_options(
+    at: str, target: float | None, power: float, p: float, reduction: str, output_reduction: str
+) -> None:
+    for name, value, choices in (
+        ("at", at, get_args(Points)),
+        ("reduction", reduction, get_args(Reduction)),
+        ("output_reduction", output_reduction, get_args(OutputReduction)),
+    ):
+        if value not in choices:
+            raise ValueError(f"gradient_penalty: {name} must be one of {', '.join(choices)}, got {value!r}")
+    if target is not None and not 0 <= target < math.inf:
+        raise ValueError(f"gradient_penalty: target must be a finite norm, at least 0, got {target}")
+    if not 1 <= power < math.inf:
+        raise ValueError(f"gradient_penalty: power must be at least 1 and finite, got {power}")
+    if not p >= 1:
+        raise ValueError(f"gradient_penalty: p must be the order of a norm, from 1 to inf, got {p}")
+
+
+def _target(at: Points, target: float | None) -> float:
+    if target is None:
+        return 1.0 if at in ("interpolates", "noise") else 0.0
+    return target
+
+
+def _first_batch(name: str, x: Inputs | None) -> Tensor:
+    """Check that x is a batch, or several of one size, and return the first."""
+    if x is None:
+        raise ValueError(f"gradient_penalty: {name} is needed, got None")
+    tensors = tensors_of(x)
+    if not tensors:
+        raise ValueError(f"gradient_penalty: {name} must hold at least one tensor, got an empty {type(x).__name__}")
+    for t in tensors:
+        check_batch("gradient_penalty", name, t)
+        if t.shape[0] != tensors[0].shape[0]:
+            raise ValueError(
+                f"gradient_penalty: the tensors of {name} must have one batch size, got {tensors[0].shape[0]} and "
+                f"{t.shape[0]}"
+            )
+    return tensors[0]
+
+
+def _points(
+    at: Points, real: Inputs | None, fake: Inputs | None, mix: Tensor | None, generator: torch.Generator | None
+) -> Any:
+    """Where the gradient is taken, detached."""
+    if at == "real" or at == "fake":
+        x = real if at == "real" else fake
+        _first_batch(at, x)
+        return map_tensors(Tensor.detach, x)
+    first = _first_batch("real", real)
+    if at == "interpolates":
+        _first_batch("fake", fake)
+        _check_alike(real, fake)
+    factors = _factors(first, mix, generator)
+
+    def interpolate(real: Tensor, fake: Tensor) -> Tensor:
+        dtype = accumulation_dtype(real.dtype)
+        weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
+        return torch.lerp(fake.detach().to(dtype), real.detach().to(dtype), weight).to(real.dtype)
+
+    def perturb(real: Tensor) -> Tensor:
+        if real.numel() == 1:
+            raise ValueError('gradient_penalty: at="noise" needs the standard deviation of real, which has one element')
+        dtype = accumulation_dtype(real.dtype)
+        clean = real.detach().to(dtype)
+        weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
+        noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=dtype)
+        return (clean + weight * (0.5 * clean.std()) * noise).to(real.dtype)
+
+    return map_tensors(interpolate, real, fake) if at == "interpolates" else map_tensors(perturb, real)
+
+
+def _check_alike(real: Any, fake: Any) -> None:
+    if type(real) is not type(fake) and not (isinstance(real, Tensor) and isinstance(fake, Tensor)):
+        raise TypeError(
+            f"gradient_penalty: fake must have the structure of real ({type(real).__name__}), got {type(fake).__name__}"
+        )
+    if isinstance(real, Mapping) and list(real) != list(fake):
+        raise ValueError(f"gradient_penalty: fake must have the keys of real ({list(real)}), got {list(fake)}")
+    reals, fakes = tensors_of(real), tensors_of(fake)
+    if len(reals) != len(fakes):
+        raise ValueError(f"gradient_penalty: fake must hold as many tensors as real ({len(reals)}), got {len(fakes)}")
+    for r, f in zip(reals, fakes, strict=True):
+        if r.shape != f.shape:
+            raise ValueError(
+                f"gradient_penalty: fake must have the shape of real {tuple(r.shape)}, got {tuple(f.shape)}"
+            )
+        if r.dtype != f.dtype:
+            raise TypeError(f"gradient_penalty: fake must have the dtype of real ({r.dtype}), got {f.dtype}")
+        if r.device != f.device:
+            raise ValueError(f"gradient_penalty: fake must be on the device of real ({r.device}), got {f.device}")
+
+
+def _factors(first: Tensor, mix: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """One mixing factor for each sample, [B]."""
+    batch = first.shape[0]
+    if mix is None:
+        if generator is not None and torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "gradient_penalty: torch.compile cannot draw from a generator; draw mix outside and pass it"
+            )
+        return torch.rand(batch, generator=generator, device=first.device)
+    if not isinstance(mix, Tensor) or not mix.is_floating_point():
+        got = mix.dtype if isinstance(mix, Tensor) else type(mix).__name__
+        raise TypeError(f"gradient_penalty: mix must be a floating-point tensor, got {got}")
+    if mix.dim() == 0 or mix.shape[0] != batch or mix.numel() != batch:
+        raise ValueError(
+            f"gradient_penalty: mix must have shape [B, 1, ..., 1] with B = {batch}, got {tuple(mix.shape)}"
+        )
+    if mix.device != first.device:
+        raise ValueError(f"gradient_penalty: mix must be on the device of real ({first.device}), got {mix.device}")
+    return mix.detach().reshape(batch)
+
+
+def _masked(gradients: list[Tensor], points: Any, mask: Any) -> list[Tensor]:
+    masks = tensors_of(mask)
+    if len(masks) != len(gradients):
+        raise ValueError(
+            f"gradient_penalty: mask must be structured as real ({len(gradients)} tensors), got {len(masks)}"
+        )
+    for x, m in zip(tensors_of(points), masks, strict=True):
+        if m.device != x.device:
+            raise ValueError(f"gradient_penalty: mask must be on the device of real ({x.device}), got {m.device}")
+        if m.dim() > x.dim() or any(n not in (1, size) for n, size in zip(m.shape[::-1], x.shape[::-1], strict=False)):
+            raise ValueError(
+                f"gradient_penalty: mask must be broadcastable to the shape of real {tuple(x.shape)}, "
+                f"got {tuple(m.shape)}"
+            )
+    return [g * m.detach().to(accumulation_dtype(g.dtype)) for g, m in zip(gradients, masks, strict=True)]
+
+
+def _norms(gradients: list[Tensor], p: float) -> Tensor:
+    """The p-norm of each sample's gradients, [B], accumulated in float32 or better."""
+    if len(gradients) == 1:
+        gradient = gradients[0]
+    else:
+        gradient = torch.cat([g.flatten(1) if g.dim() > 1 else g[:, None] for g in gradients], dim=1)
+    gradient = gradient.to(accumulation_dtype(gradient.dtype))
+    if gradient.dim() == 1:
+        return gradient.abs()
+    norms: Tensor = torch.linalg.vector_norm(gradient, p, dim=tuple(range(1, gradient.dim())))
+    return norms
+
+
+def _penalty(norms: Tensor, target: float, one_sided: bool, power: float) -> Tensor:
+    excess = norms - target if target else norms
+    if one_sided:
+        excess = excess.relu()
+    if power == 2:
+        return excess.square()
+    excess = excess.abs()
+    return excess if power == 1 else excess.pow(power)
