@@ -56,6 +56,7 @@ TORCH_LIBRARY(wgan_ext, m) {
   // critic
   // spectral
   // sinkhorn
+  m.def("sinkhorn(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
   // clang-format on
   static_cast<void>(m);
 }
@@ -64,6 +65,11 @@ PYBIND11_MODULE(_C, m) {
   // critic
   // spectral
   // sinkhorn
+  using OptionalTensor = const std::optional<Tensor>&;
+  using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, std::optional<double>,
+                 std::optional<double>, double, int64_t, std::optional<double>, OptionalTensor,
+                 OptionalTensor)>::bind(m, "sinkhorn");
 
   // build facts
   m.attr("torch_version") = py::make_tuple(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH);
