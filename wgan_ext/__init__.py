@@ -12,12 +12,14 @@ except ImportError as error:
 from ._build import BuildInfo, build_info, check_build
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
+from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
 
 check_build()
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildInfo",
+    "SinkhornResult",
     "build_info",
     "clip_weights_",
     "critic_loss",
@@ -25,5 +27,7 @@ __all__ = [
     "gan_generator_loss",
     "generator_loss",
     "js_divergence",
+    "sinkhorn",
+    "sinkhorn_divergence",
     "wasserstein_1d",
 ]

@@ -307,10 +307,10 @@ void set_bias(const Control* control, const Cloud<T>& cloud, Stream) {
 }
 
 template <typename T>
-void set_cold(const Control* control, const Cloud<T>& cloud, bool rows, Stream stream) {
+void set_cold(const Control* control, const Cloud<T>& cloud, Role role, Stream stream) {
   if (control->done) return;
   for (int64_t i = 0; i < cloud.count; ++i) {
-    if (cloud.start) cloud.start[i] = rows ? cloud.softmin[i] : cloud.potential[i];
+    if (cloud.start) cloud.start[i] = role == Role::rows ? cloud.softmin[i] : cloud.potential[i];
     cloud.potential[i] = 0;
     cloud.softmin[i] = 0;
   }
@@ -318,16 +318,17 @@ void set_cold(const Control* control, const Cloud<T>& cloud, bool rows, Stream s
 }
 
 template <typename T>
-void apply(const Control* control, const Cloud<T>& cloud, bool rows, Stream) {
+void apply(const Control* control, const Cloud<T>& cloud, Role role, Stream) {
   if (control->done) return;
   const T scale = T(kLog2e / control->epsilon), omega = T(control->omega);
-  const bool restore = rows && control->restore;
+  const bool restore = role == Role::rows && control->restore;
   each_part(cloud.count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (restore) cloud.softmin[i] = cloud.start[i];
       const T h = cloud.softmin[i], f = cloud.potential[i];
       const T next = omega == 1 ? h : f + omega * (h - f);
       cloud.potential[i] = next;
+      if (role == Role::self) cloud.softmin[i] = next;
       cloud.bias[i] = cloud.log_weights[i] + scale * (next - cloud.squares[i]);
     }
   });

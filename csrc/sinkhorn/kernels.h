@@ -20,7 +20,7 @@ struct Cloud {
   const T* weights;      // [count]
   const T* log_weights;  // [count] log2, kLogZero for weight 0
   T* potential;          // [count] f
-  T* softmin;            // [count] the last softmin of the other side, neither relaxed nor damped
+  T* softmin;            // [count] softmin over the other cloud, neither relaxed nor damped: the exponents' shift
   T* start;              // [count] kept for Control::restore: rows their fresh softmin, columns their potential
   T* bias;               // [padded(count)] log2 w + (f - |x|^2) log2(e) / epsilon
   T* scratch;            // [scratch_size]
@@ -44,12 +44,13 @@ struct Kernels {
   // The bias of the present potential; also fills the padding.
   void (*set_bias)(const Control*, const Cloud<T>&, Stream);
   // Keeps the probed start for later, then potential 0 and its bias; nothing if the probe was good enough.
-  void (*set_cold)(const Control*, const Cloud<T>&, bool rows, Stream);
+  void (*set_cold)(const Control*, const Cloud<T>&, Role, Stream);
   // New softmin of `rows` from the bias of `columns`; the sums of the old potential.
   void (*pass)(const Control*, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, Cost, Sums*, Stream);
   void (*advance)(Control*, Event, const Sums*, int64_t count, Stream);
-  // potential += omega (softmin - potential), and its bias.
-  void (*apply)(const Control*, const Cloud<T>&, bool rows, Stream);
+  // potential += omega (softmin - potential), and its bias. A cloud against itself is shifted by its potential from
+  // then.
+  void (*apply)(const Control*, const Cloud<T>&, Role, Stream);
   // Whether the solve is known to be done; may answer late.
   bool (*finished)(const Control*, Stream);
   // error, mass, iterations, converged, epsilon

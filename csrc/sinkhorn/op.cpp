@@ -215,7 +215,8 @@ class Solver {
   }
 
   // x (or y) against itself: averaged updates from 0.
-  Solution self(bool of_x) {
+  Solution self(Role role) {
+    const bool of_x = role == Role::rows;
     const Measure& m = of_x ? problem_.x : problem_.y;
     Side side = make_side(m, of_x ? columns_x_ : columns_y_, m, {});
     const Tensor control = bytes(sizeof(Control));
@@ -229,7 +230,7 @@ class Solver {
       kernels_.pass(c, side.cloud, side.cloud, dim(), problem_.cost, sums, stream());
       kernels_.advance(c, Event::self, sums, count, stream());
       if (finished(c, i)) break;
-      kernels_.apply(c, side.cloud, true, stream());
+      kernels_.apply(c, side.cloud, Role::self, stream());
     }
     return finish(side.potential, side.potential, control);
   }
@@ -242,8 +243,6 @@ class Solver {
       y.start = at::empty_like(y.potential);
       x.cloud.start = x.start.template mutable_data_ptr<T>();
       y.cloud.start = y.start.template mutable_data_ptr<T>();
-      x.softmin.copy_(self_x->f);
-      y.softmin.copy_(self_y->f);
     }
     const Tensor control = bytes(sizeof(Control));
     Control* c = static_cast<Control*>(control.mutable_data_ptr());
@@ -270,14 +269,14 @@ class Solver {
     }
     if (!f || self_x) {
       if (!f) kernels_.advance(c, Event::cold, nullptr, 0, stream());
-      kernels_.set_cold(c, x.cloud, true, stream());
-      kernels_.set_cold(c, y.cloud, false, stream());
+      kernels_.set_cold(c, x.cloud, Role::rows, stream());
+      kernels_.set_cold(c, y.cloud, Role::columns, stream());
       rows(Event::rows);
     }
     for (int64_t i = 0; i < options_.max_iter && !finished(c, i); ++i) {
-      kernels_.apply(c, x.cloud, true, stream());
+      kernels_.apply(c, x.cloud, Role::rows, stream());
       columns(Event::columns);
-      kernels_.apply(c, y.cloud, false, stream());
+      kernels_.apply(c, y.cloud, Role::columns, stream());
       rows(Event::rows);
     }
     return finish(x.potential, y.potential, control);
@@ -382,22 +381,19 @@ void warn_unless_converged(const Request& request, std::initializer_list<const S
   }
 }
 
-#define WGAN_EXT_SINKHORN_TYPE(type, ...) \
-  [&] {                                   \
-    if (type == at::kDouble) {            \
-      using scalar_t = double;            \
-      return __VA_ARGS__();               \
-    }                                     \
-    using scalar_t = float;               \
-    return __VA_ARGS__();                 \
-  }()
+// Calls body with a value of the kernels' type.
+template <typename Body>
+auto with_type(at::ScalarType type, const Body& body) {
+  return type == at::kDouble ? body(double{}) : body(float{});
+}
 
-using CrossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using CostResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using DivergenceResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-CrossResult sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
-                     std::string_view cost, std::optional<double> epsilon, std::optional<double> scaling, double tol,
-                     int64_t max_iter, std::optional<double> relaxation, const OptionalTensor& f,
-                     const OptionalTensor& g) {
+CostResult sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                    std::string_view cost, std::optional<double> epsilon, std::optional<double> scaling, double tol,
+                    int64_t max_iter, std::optional<double> relaxation, const OptionalTensor& f,
+                    const OptionalTensor& g) {
   constexpr const char* op = "sinkhorn";
   const Request request = parse(op, cost, epsilon, scaling, tol, max_iter, relaxation);
   const Problem p = prepare(op, request.cost, x, y, a, b);
@@ -414,17 +410,229 @@ CrossResult sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, 
   TORCH_CHECK_VALUE(f.has_value() == g.has_value(), op, ": init must hold both potentials, f and g");
   const OptionalTensor f0 = centred("init f", f, "x", x, linear_x), g0 = centred("init g", g, "y", y, linear_y);
   const Tensor target = resolve_epsilon(p, request);
-  const Solution s = WGAN_EXT_SINKHORN_TYPE(
-      type, [&] { return Solver<scalar_t>(p, target, request).cross(f0, g0, nullptr, nullptr); });
+  const Solution s = with_type(
+      type, [&](auto scalar) { return Solver<decltype(scalar)>(p, target, request).cross(f0, g0, nullptr, nullptr); });
   warn_unless_converged(request, {&s});
   const Tensor value = dual(p.x, p.y, s) + p.x.mass * p.shift_cost;
   return {value.to(type),      (s.f + linear_x).to(type), (s.g + linear_y).to(type), s.f,   s.g,
           s.facts[0].to(type), s.facts[2].to(at::kLong),  s.facts[3].to(at::kBool),  target};
 }
 
+DivergenceResult sinkhorn_divergence(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                                     std::string_view cost, std::optional<double> epsilon,
+                                     std::optional<double> scaling, double tol, int64_t max_iter,
+                                     std::optional<double> relaxation) {
+  constexpr const char* op = "sinkhorn_divergence";
+  const Request request = parse(op, cost, epsilon, scaling, tol, max_iter, relaxation);
+  const Problem p = prepare(op, request.cost, x, y, a, b);
+  const auto type = kernel_type(x);
+  const Tensor target = resolve_epsilon(p, request);
+  const auto [xx, yy, xy] = with_type(type, [&](auto scalar) {
+    Solver<decltype(scalar)> solver(p, target, request);
+    const Solution xx = solver.self(Role::rows), yy = solver.self(Role::columns);
+    return std::make_tuple(xx, yy, solver.cross(xx.f, yy.f, &xx, &yy));
+  });
+  warn_unless_converged(request, {&xy, &xx, &yy});
+  const Tensor value = dual(p.x, p.y, xy) - (dual(p.x, p.x, xx) + dual(p.y, p.y, yy)) / 2 + p.x.mass * p.shift_cost;
+  const Tensor facts = at::stack({xy.facts, xx.facts, yy.facts});
+  return {value.to(type),
+          xy.f,
+          xy.g,
+          xx.f,
+          yy.f,
+          facts.select(1, 0).amax().to(type),
+          xy.facts[2].to(at::kLong),
+          facts.select(1, 3).amin().to(at::kBool),
+          target};
+}
+
+// d cost / d x = 2 sum_j plan_ij (x_i - y_j), or sum_j plan_ij (x_i - y_j) / |x_i - y_j|, at frozen potentials of the
+// centred problem. [N, D]
+Tensor sinkhorn_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                         const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost) {
+  const Request request = parse("sinkhorn_gradient", cost, {}, {}, 0, 1, {});
+  const Problem p = prepare(request.op, request.cost, x, y, a, b);
+  const auto [force, mass] = with_type(kernel_type(x), [&](auto scalar) {
+    return Solver<decltype(scalar)>(p, epsilon, request).gradient(f, g, epsilon);
+  });
+  if (request.cost == Cost::euclidean) return force.to(x.scalar_type());
+  return (2 * (force + mass.unsqueeze(1) * p.shift)).to(x.scalar_type());
+}
+
+// d cost / d a = f, defined up to a constant: the potential of the original problem from that of the centred one. [N]
+Tensor sinkhorn_weight_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                                const Tensor& f, std::string_view cost) {
+  const Request request = parse("sinkhorn_weight_gradient", cost, {}, {}, 0, 1, {});
+  const Problem p = prepare(request.op, request.cost, x, y, a, b);
+  return (f + linear_part(p, p.x, 1)).to(f.scalar_type());
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+const auto& gradient_op() {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("wgan_ext::sinkhorn_gradient", "")
+                                 .typed<decltype(sinkhorn_gradient)>();
+  return handle;
+}
+
+const auto& weight_gradient_op() {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("wgan_ext::sinkhorn_weight_gradient", "")
+                                 .typed<decltype(sinkhorn_weight_gradient)>();
+  return handle;
+}
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+Tensor plain(const OptionalTensor& t) { return t.value_or(Tensor()); }
+
+// Which of x, y, a, b need a gradient; torch counts only the tensors that are there.
+struct Needs {
+  bool x, y, a, b;
+  Needs(const AutogradContext& ctx, const OptionalTensor& given_a, const OptionalTensor& given_b)
+      : x(ctx.needs_input_grad(0)),
+        y(ctx.needs_input_grad(1)),
+        a(given_a && ctx.needs_input_grad(2)),
+        b(given_b && ctx.needs_input_grad(given_a ? 3 : 2)) {}
+};
+
+// Envelope theorem: the dual's partial derivatives at the returned potentials. Inputs x, y, a, b come first.
+class SinkhornFunction : public torch::autograd::Function<SinkhornFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& a,
+                               const OptionalTensor& b, const std::string& cost, std::optional<double> epsilon,
+                               std::optional<double> scaling, double tol, int64_t max_iter,
+                               std::optional<double> relaxation, const OptionalTensor& f, const OptionalTensor& g) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto handle =
+        c10::Dispatcher::singleton().findSchemaOrThrow("wgan_ext::sinkhorn", "").typed<decltype(sinkhorn)>();
+    const auto [value, f1, g1, fc, gc, error, iterations, converged, used] =
+        handle.call(x, y, a, b, cost, epsilon, scaling, tol, max_iter, relaxation, f, g);
+    ctx->saved_data["cost"] = cost;
+    ctx->save_for_backward({x, y, plain(a), plain(b), fc, gc, used});
+    ctx->mark_non_differentiable({f1, g1, fc, gc, error, iterations, converged, used});
+    return {value, f1, g1, fc, gc, error, iterations, converged, used};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &y = saved[1], &f = saved[4], &g = saved[5], &epsilon = saved[6];
+    const OptionalTensor a = optional(saved[2]), b = optional(saved[3]);
+    const std::string cost = ctx->saved_data["cost"].toStringRef();
+    const Needs needs(*ctx, a, b);
+    variable_list inputs(12);
+    if (needs.x) inputs[0] = grads[0].to(x.scalar_type()) * gradient_op().call(x, y, a, b, f, g, epsilon, cost);
+    if (needs.y) inputs[1] = grads[0].to(y.scalar_type()) * gradient_op().call(y, x, b, a, g, f, epsilon, cost);
+    if (needs.a) inputs[2] = grads[0] * weight_gradient_op().call(x, y, a, b, f, cost);
+    if (needs.b) inputs[3] = grads[0] * weight_gradient_op().call(y, x, b, a, g, cost);
+    return inputs;
+  }
+};
+
+class DivergenceFunction : public torch::autograd::Function<DivergenceFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& a,
+                               const OptionalTensor& b, const std::string& cost, std::optional<double> epsilon,
+                               std::optional<double> scaling, double tol, int64_t max_iter,
+                               std::optional<double> relaxation) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto handle = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("wgan_ext::sinkhorn_divergence", "")
+                                   .typed<decltype(sinkhorn_divergence)>();
+    const auto [value, f, g, p, q, error, iterations, converged, used] =
+        handle.call(x, y, a, b, cost, epsilon, scaling, tol, max_iter, relaxation);
+    ctx->saved_data["cost"] = cost;
+    ctx->save_for_backward({x, y, plain(a), plain(b), f, g, p, q, used});
+    ctx->mark_non_differentiable({f, g, p, q, error, iterations, converged, used});
+    return {value, f, g, p, q, error, iterations, converged, used};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &y = saved[1], &f = saved[4], &g = saved[5], &p = saved[6], &q = saved[7],
+                 &epsilon = saved[8];
+    const OptionalTensor a = optional(saved[2]), b = optional(saved[3]);
+    const std::string cost = ctx->saved_data["cost"].toStringRef();
+    const auto& points = gradient_op();
+    const auto& weights = weight_gradient_op();
+    const Needs needs(*ctx, a, b);
+    variable_list inputs(10);
+    if (needs.x)
+      inputs[0] = grads[0].to(x.scalar_type()) *
+                  (points.call(x, y, a, b, f, g, epsilon, cost) - points.call(x, x, a, a, p, p, epsilon, cost));
+    if (needs.y)
+      inputs[1] = grads[0].to(y.scalar_type()) *
+                  (points.call(y, x, b, a, g, f, epsilon, cost) - points.call(y, y, b, b, q, q, epsilon, cost));
+    if (needs.a) inputs[2] = grads[0] * (weights.call(x, y, a, b, f, cost) - weights.call(x, x, a, a, p, cost));
+    if (needs.b) inputs[3] = grads[0] * (weights.call(y, x, b, a, g, cost) - weights.call(y, y, b, b, q, cost));
+    return inputs;
+  }
+};
+
+CostResult sinkhorn_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                             std::string_view cost, std::optional<double> epsilon, std::optional<double> scaling,
+                             double tol, int64_t max_iter, std::optional<double> relaxation, const OptionalTensor& f,
+                             const OptionalTensor& g) {
+  const variable_list r =
+      SinkhornFunction::apply(x, y, a, b, std::string(cost), epsilon, scaling, tol, max_iter, relaxation, f, g);
+  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
+}
+
+DivergenceResult divergence_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                                     std::string_view cost, std::optional<double> epsilon,
+                                     std::optional<double> scaling, double tol, int64_t max_iter,
+                                     std::optional<double> relaxation) {
+  const variable_list r =
+      DivergenceFunction::apply(x, y, a, b, std::string(cost), epsilon, scaling, tol, max_iter, relaxation);
+  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
+}
+
+// The gradient operators have no derivative of their own: the potentials they hold fixed move with the points.
+class RefusedFunction : public torch::autograd::Function<RefusedFunction> {
+ public:
+  static Tensor forward(AutogradContext*, const Tensor& x, const Tensor& y, const OptionalTensor& a,
+                        const OptionalTensor& b, const Tensor& f, const OptionalTensor& g,
+                        const OptionalTensor& epsilon, const std::string& cost) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    if (!g) return weight_gradient_op().call(x, y, a, b, f, cost);
+    return gradient_op().call(x, y, a, b, f, *g, *epsilon, cost);
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "sinkhorn: second derivatives are not implemented; detach the gradient of a sinkhorn "
+                                "cost before differentiating through it");
+  }
+};
+
+Tensor gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                         const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost) {
+  return RefusedFunction::apply(x, y, a, b, f, OptionalTensor(g), OptionalTensor(epsilon), std::string(cost));
+}
+
+Tensor weight_gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                                const Tensor& f, std::string_view cost) {
+  return RefusedFunction::apply(x, y, a, b, f, OptionalTensor(), OptionalTensor(), std::string(cost));
+}
+
+void implement(torch::Library& m) {
+  m.impl("sinkhorn", sinkhorn);
+  m.impl("sinkhorn_divergence", sinkhorn_divergence);
+  m.impl("sinkhorn_gradient", sinkhorn_gradient);
+  m.impl("sinkhorn_weight_gradient", sinkhorn_weight_gradient);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(wgan_ext, CPU, m) { m.impl("sinkhorn", sinkhorn); }
-TORCH_LIBRARY_IMPL(wgan_ext, CUDA, m) { m.impl("sinkhorn", sinkhorn); }
+TORCH_LIBRARY_IMPL(wgan_ext, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(wgan_ext, CUDA, m) { implement(m); }
+TORCH_LIBRARY_IMPL(wgan_ext, Autograd, m) {
+  m.impl("sinkhorn", sinkhorn_autograd);
+  m.impl("sinkhorn_divergence", divergence_autograd);
+  m.impl("sinkhorn_gradient", gradient_autograd);
+  m.impl("sinkhorn_weight_gradient", weight_gradient_autograd);
+}
 
 }  // namespace wgan_ext::sinkhorn

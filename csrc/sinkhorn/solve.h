@@ -70,6 +70,9 @@ struct Control {
   int32_t converged;
 };
 
+// What a cloud is in a pass: its potential is updated first, second, or against itself.
+enum class Role : int32_t { rows, columns, self };
+
 enum class Event : int32_t { cold, rows, columns, self, probe_rows, probe_columns, probe_columns_then_cold };
 
 // A plain sum cannot overflow if (old / new epsilon) log(1 / least weight) + (largest change of the other potential
@@ -175,14 +178,15 @@ WGAN_EXT_FORMULA void after_columns(Control& c, const Sums& sums) {
   c.safe = unsafe(c, c.facts.column_range, c.omega * sums.change);
 }
 
-// f <- (f + h) / 2 for a cloud against itself; rows and columns have the same error.
+// f <- (f + h) / 2 for a cloud against itself; rows and columns have the same error. Exponents are shifted by f, and
+// f_i + f_j - C_ij = [(f'_i + h_j - C_ij) + (h_i + f'_j - C_ij)] / 2 for the previous f': never above that of h.
 WGAN_EXT_FORMULA void after_self(Control& c, const Sums& sums) {
   c.row_error = c.column_error = sums.error;
   c.mass = sums.mass;
   if (below_tolerance(c, 2 * sums.error) || c.iterations >= c.options.max_iter) return stop(c);
   c.omega = 0.5;
   c.iterations += 1;
-  c.safe = unsafe(c, c.facts.row_range, c.omega * sums.change);
+  c.safe = unsafe(c, c.facts.row_range, 0);
 }
 
 WGAN_EXT_FORMULA void advance(Control& c, Event event, const Sums& sums) {
