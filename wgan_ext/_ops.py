@@ -8,12 +8,15 @@ stand its fake kernel and its autocast rule, which torch needs to know; checks a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _C
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_register_fake: Callable[[str], Callable[[_F], _F]] = torch.library.register_fake
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -41,14 +44,14 @@ def _sinkhorn_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("wgan_ext::sinkhorn")
+@_register_fake("wgan_ext::sinkhorn")
 def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
     value = x.new_empty((), dtype=_sinkhorn_type(x))
     f, g = value.new_empty(x.shape[0]), value.new_empty(y.shape[0])
     return (value, f, g, f.clone(), g.clone(), *_sinkhorn_facts(value))
 
 
-@torch.library.register_fake("wgan_ext::sinkhorn_divergence")
+@_register_fake("wgan_ext::sinkhorn_divergence")
 def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
     value = x.new_empty((), dtype=_sinkhorn_type(x))
     f, g = value.new_empty(x.shape[0]), value.new_empty(y.shape[0])
@@ -61,12 +64,12 @@ def _sinkhorn_facts(value: Tensor) -> tuple[Tensor, ...]:
     return tuple(value.new_empty((), dtype=dtype) for dtype in dtypes)
 
 
-@torch.library.register_fake("wgan_ext::sinkhorn_gradient")
+@_register_fake("wgan_ext::sinkhorn_gradient")
 def _(x: Tensor, y: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("wgan_ext::sinkhorn_weight_gradient")
+@_register_fake("wgan_ext::sinkhorn_weight_gradient")
 def _(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, cost: str) -> Tensor:
     return torch.empty_like(f)
 
