@@ -207,6 +207,7 @@ class Solver {
     options_.relaxation = request.relaxation.value_or(0);
     options_.exponent_limit = sizeof(T) == 4 ? 80 : 700;
     options_.max_iter = request.max_iter;
+    options_.number = 1;
     const Tensor start = mean_cost(problem, true), range_x = weight_range(problem.x), range_y = weight_range(problem.y);
     facts_ = at::stack({epsilon, start, range_x, range_y});
     facts_y_ = at::stack({epsilon, start, range_y, range_x});

@@ -35,6 +35,7 @@ struct Options {
   double relaxation;      // 1: none; 0: automatic
   double exponent_limit;  // largest exponent (base e) for which a plain sum cannot overflow
   int64_t max_iter;
+  int32_t number;  // of the solve, not 0: what `done` becomes
 };
 
 // Computed by torch on the device of the points, in this order.
@@ -66,7 +67,7 @@ struct Control {
   int32_t arrived;      // epsilon has reached its target
   int32_t plain;        // no relaxation in this iteration
   int32_t restore;      // this iteration goes back to the given start
-  int32_t done;
+  int32_t done;         // 0, or the number of the solve
   int32_t converged;
 };
 
@@ -86,7 +87,7 @@ WGAN_EXT_FORMULA bool below_tolerance(const Control& c, double error) {
 }
 
 WGAN_EXT_FORMULA void stop(Control& c) {
-  c.done = 1;
+  c.done = c.options.number;
   c.converged = c.row_error + c.column_error <= c.options.tolerance;
 }
 
