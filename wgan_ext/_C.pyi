@@ -26,6 +26,38 @@ def spectral_norm_backward(
 def spectral_norm_store_(u: Tensor, v: Tensor, new_u: Tensor, new_v: Tensor) -> None: ...
 
 # sinkhorn
+def sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    cost: str,
+    epsilon: float | None,
+    scaling: float | None,
+    tol: float,
+    max_iter: int,
+    relaxation: float | None,
+    f: Tensor | None,
+    g: Tensor | None,
+) -> tuple[Tensor, ...]: ...
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    cost: str,
+    epsilon: float | None,
+    scaling: float | None,
+    tol: float,
+    max_iter: int,
+    relaxation: float | None,
+) -> tuple[Tensor, ...]: ...
+def sinkhorn_gradient(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, g: Tensor, epsilon: Tensor, cost: str
+) -> Tensor: ...
+def sinkhorn_weight_gradient(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, cost: str
+) -> Tensor: ...
 
 # build facts
 torch_version: tuple[int, int, int]

@@ -14,6 +14,7 @@ from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
 from .penalty import GradientPenalty, gradient_penalty
+from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
 from .spectral import remove_spectral_norm, spectral_norm
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "CriticPlan",
     "GradientPenalty",
     "LayerPlan",
+    "SinkhornResult",
     "build_info",
     "clip_weights_",
     "critic_loss",
@@ -33,6 +35,8 @@ __all__ = [
     "input_gradient",
     "js_divergence",
     "remove_spectral_norm",
+    "sinkhorn",
+    "sinkhorn_divergence",
     "spectral_norm",
     "wasserstein_1d",
 ]

@@ -151,3 +151,45 @@ def _(
 
 
 # sinkhorn
+sinkhorn = _operator("sinkhorn")
+sinkhorn_divergence = _operator("sinkhorn_divergence")
+
+
+def _sinkhorn_type(x: Tensor) -> torch.dtype:
+    """The kernels compute in float64 for float64 points, else in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@_register_fake("wgan_ext::sinkhorn")
+def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    value = x.new_empty((), dtype=_sinkhorn_type(x))
+    f, g = value.new_empty(x.shape[0]), value.new_empty(y.shape[0])
+    return (value, f, g, f.clone(), g.clone(), *_sinkhorn_facts(value))
+
+
+@_register_fake("wgan_ext::sinkhorn_divergence")
+def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    value = x.new_empty((), dtype=_sinkhorn_type(x))
+    f, g = value.new_empty(x.shape[0]), value.new_empty(y.shape[0])
+    return (value, f, g, f.clone(), g.clone(), *_sinkhorn_facts(value))
+
+
+def _sinkhorn_facts(value: Tensor) -> tuple[Tensor, ...]:
+    """Marginal error, iterations, converged, epsilon."""
+    dtypes = (value.dtype, torch.int64, torch.bool, torch.float64)
+    return tuple(value.new_empty((), dtype=dtype) for dtype in dtypes)
+
+
+@_register_fake("wgan_ext::sinkhorn_gradient")
+def _(x: Tensor, y: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_register_fake("wgan_ext::sinkhorn_weight_gradient")
+def _(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, cost: str) -> Tensor:
+    return torch.empty_like(f)
+
+
+for _name in ("sinkhorn", "sinkhorn_divergence"):
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"wgan_ext::{_name}", _device, torch.float32)

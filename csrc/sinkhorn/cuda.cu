@@ -1,0 +1,612 @@
+// Sinkhorn on CUDA.
+//
+// A pass is two kernels. `pass_kernel`: a block owns a tile of rows and a range of columns; tiles of both go through
+// shared memory, each thread keeps 8 x 4 exponents (4 x 2 in double) in registers and adds their exp2. `finish_kernel`:
+// one thread a row adds the ranges, does again (the whole block) rows that left the range of T, writes the softmin and
+// sums what the controller asks. The controller is one thread on the device; every kernel returns at once when the
+// solve is done, so the host only enqueues, and looks at a flag copied to pinned memory one batch of iterations ago.
+// Tiles and ranges depend on shape alone and sums have a fixed order: results are deterministic.
+#include "../cuda/reduce.cuh"
+#include "kernels.h"
+
+namespace wgan_ext::sinkhorn {
+namespace {
+
+using device::block_reduce;
+using device::kFullMask;
+using device::kWarp;
+
+constexpr int kThreads = 256, kSide = 16;  // a block is 16 x 16 threads
+constexpr int kDepth = 32;                 // dimensions in shared memory at a time
+constexpr int64_t kWantedBlocks = 512;     // ranges are cut until there are about so many
+constexpr int64_t kMostBlocks = 4096;      // of an elementwise loop
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <typename T>
+struct __align__(16) Quad {  // what one load brings
+  static constexpr int size = 16 / sizeof(T);
+  T value[size];
+};
+
+template <typename T>
+struct Tile {
+  static constexpr int rows_each = 2 * Quad<T>::size, columns_each = Quad<T>::size;
+  static constexpr int rows = kSide * rows_each, columns = kSide * columns_each;
+};
+
+template <typename T>
+__host__ __device__ constexpr int64_t padded_dim(int64_t dim) {
+  return (dim + Quad<T>::size - 1) / Quad<T>::size * Quad<T>::size;
+}
+
+template <typename T>
+int64_t padded(int64_t count) {
+  return ceil_div(count, Tile<T>::rows) * Tile<T>::rows;  // whole tiles of rows are whole tiles of columns
+}
+
+template <typename T>
+int64_t columns_size(int64_t count, int64_t dim) {
+  return padded<T>(count) * padded_dim<T>(dim);
+}
+
+// Into how many ranges the columns are cut.
+template <typename T>
+int64_t ranges(int64_t row_count, int64_t column_count) {
+  const int64_t tiles = ceil_div(column_count, Tile<T>::columns);
+  const int64_t wanted = ceil_div(kWantedBlocks, ceil_div(row_count, Tile<T>::rows));
+  return wanted < tiles ? wanted : tiles;
+}
+
+// Each range's sum and maximum for each row.
+template <typename T>
+int64_t scratch_size(int64_t count, int64_t, int64_t other_count) {
+  return 2 * ranges<T>(count, other_count) * padded<T>(count);
+}
+
+int64_t sums_size(int64_t count, int64_t, int64_t) { return ceil_div(count, kThreads); }
+
+unsigned elementwise_blocks(int64_t count) {
+  const int64_t blocks = ceil_div(count, kThreads);
+  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
+}
+
+__device__ inline int64_t first_element() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+__device__ inline int64_t stride() { return int64_t{gridDim.x} * blockDim.x; }
+
+__device__ inline float power(float x) { return exp2f(x); }
+__device__ inline double power(double x) { return exp2(x); }
+__device__ inline float logarithm(float x) { return log2f(x); }
+__device__ inline double logarithm(double x) { return log2(x); }
+__device__ inline float root(float x) { return sqrtf(x); }
+__device__ inline double root(double x) { return sqrt(x); }
+template <typename T>
+__device__ T greater(T a, T b) {
+  return a < b ? b : a;
+}
+template <typename T>
+__device__ T magnitude(T a) {
+  return a < 0 ? -a : a;
+}
+
+// A sum of 2^s kept as total * 2^most.
+template <typename T>
+struct Scaled {
+  T most = T(2 * kLogZero), total = 0;
+  __device__ void add(T other_most, T other_total) {
+    const T now = greater(most, other_most);
+    total = total * power(most - now) + other_total * power(other_most - now);
+    most = now;
+  }
+};
+
+template <typename T>
+__global__ void pack_kernel(const T* points, int64_t count, int64_t dim, int64_t size, T* columns) {
+  const int64_t width = padded_dim<T>(dim);
+  for (int64_t k = first_element(); k < size; k += stride()) {
+    const int64_t i = k / width, d = k % width;
+    columns[k] = i < count && d < dim ? points[i * dim + d] : T(0);
+  }
+}
+
+// Dimensions [from, from + kDepth) of `count` points, transposed, times scale; past width 0.
+template <typename T, int count>
+__device__ void load_tile(const T* points, int64_t width, int64_t from, T scale, T (&tile)[kDepth][count]) {
+  constexpr int size = Quad<T>::size;
+  for (int k = threadIdx.x; k < count * (kDepth / size); k += kThreads) {
+    const int point = k % count, d = k / count * size;
+    Quad<T> quad{};
+    if (from + d < width) quad = *reinterpret_cast<const Quad<T>*>(points + point * width + from + d);
+    for (int e = 0; e < size; ++e) tile[d + e][point] = scale * quad.value[e];
+  }
+}
+
+template <typename T>
+struct Shared {
+  T rows[kDepth][Tile<T>::rows];
+  T columns[kDepth][Tile<T>::columns];
+};
+
+template <typename T, Cost cost, bool safe>
+__device__ void pass_range(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim,
+                           int64_t first_tile, int64_t last_tile, T* totals, T* maxima, Shared<T>& shared) {
+  using Shape = Tile<T>;
+  constexpr int size = Quad<T>::size, R = Shape::rows_each, C = Shape::columns_each;
+  const int64_t width = padded_dim<T>(dim);
+  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
+  const T scale = T(kLog2e / control.epsilon), row_scale = cost == Cost::sqeuclidean ? 2 * scale : T(1);
+  const int64_t row_begin = int64_t{blockIdx.x} * Shape::rows;
+  const T* row_points = rows.columns + row_begin * width;
+
+  int64_t row[R];
+  T shift[R];
+  Scaled<T> sum[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    row[r] = row_begin + (r / size * kSide + ty) * size + r % size;
+    shift[r] = row[r] < rows.count ? scale * (rows.softmin[row[r]] - rows.squares[row[r]]) : T(0);
+  }
+  if (width <= kDepth) load_tile<T, Shape::rows>(row_points, width, 0, row_scale, shared.rows);
+
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const int64_t column_begin = tile * Shape::columns;
+    T s[R][C];
+    const Quad<T> bias = *reinterpret_cast<const Quad<T>*>(columns.bias + column_begin + tx * C);
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < C; ++c) s[r][c] = cost == Cost::sqeuclidean ? bias.value[c] + shift[r] : T(0);
+    for (int64_t from = 0; from < width; from += kDepth) {
+      if (width > kDepth) load_tile<T, Shape::rows>(row_points, width, from, row_scale, shared.rows);
+      load_tile<T, Shape::columns>(columns.columns + column_begin * width, width, from, T(1), shared.columns);
+      __syncthreads();
+      const int depth = static_cast<int>(width - from < kDepth ? width - from : kDepth);
+#pragma unroll 4
+      for (int d = 0; d < depth; ++d) {
+        const Quad<T> y = *reinterpret_cast<const Quad<T>*>(&shared.columns[d][tx * C]);
+        Quad<T> x[2];
+        x[0] = *reinterpret_cast<const Quad<T>*>(&shared.rows[d][ty * size]);
+        x[1] = *reinterpret_cast<const Quad<T>*>(&shared.rows[d][(kSide + ty) * size]);
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int c = 0; c < C; ++c) {
+            const T xr = x[r / size].value[r % size];
+            if (cost == Cost::sqeuclidean) {
+              s[r][c] += xr * y.value[c];
+            } else {
+              const T z = xr - y.value[c];
+              s[r][c] += z * z;
+            }
+          }
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (cost == Cost::euclidean) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) s[r][c] = bias.value[c] + shift[r] - scale * root(s[r][c]);
+      }
+      if (safe) {
+        T most = s[r][0], total = 0;
+#pragma unroll
+        for (int c = 1; c < C; ++c) most = greater(most, s[r][c]);
+#pragma unroll
+        for (int c = 0; c < C; ++c) total += power(s[r][c] - most);
+        sum[r].add(most, total);
+      } else {
+#pragma unroll
+        for (int c = 0; c < C; ++c) sum[r].total += power(s[r][c]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    for (int offset = kSide / 2; offset; offset /= 2) {
+      const T total = __shfl_xor_sync(kFullMask, sum[r].total, offset);
+      if (safe) {
+        const T most = __shfl_xor_sync(kFullMask, sum[r].most, offset);
+        sum[r].add(most, total);
+      } else {
+        sum[r].total += total;
+      }
+    }
+    if (tx == 0 && row[r] < rows.count) {
+      totals[row[r]] = sum[r].total;
+      if (safe) maxima[row[r]] = sum[r].most;
+    }
+  }
+}
+
+template <typename T, Cost cost>
+__global__ void __launch_bounds__(kThreads)
+    pass_kernel(const Control* control, Cloud<T> rows, Cloud<T> columns, int64_t dim, int64_t padded_rows) {
+  if (control->done) return;
+  __shared__ Shared<T> shared;
+  const int64_t tiles = ceil_div(columns.count, Tile<T>::columns), ranges = gridDim.y, range = blockIdx.y;
+  const int64_t first = tiles * range / ranges, last = tiles * (range + 1) / ranges;
+  T* totals = rows.scratch + range * padded_rows;
+  T* maxima = rows.scratch + (ranges + range) * padded_rows;
+  if (control->safe)
+    pass_range<T, cost, true>(*control, rows, columns, dim, first, last, totals, maxima, shared);
+  else
+    pass_range<T, cost, false>(*control, rows, columns, dim, first, last, totals, maxima, shared);
+}
+
+// log2 of one row's sum, by the whole block, with a running maximum.
+template <typename T, Cost cost>
+__device__ T redo_row(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, int64_t i,
+                      T* scratch) {
+  const int64_t width = padded_dim<T>(dim);
+  const T scale = T(kLog2e / control.epsilon);
+  const T shift = scale * (rows.softmin[i] - rows.squares[i]);
+  Scaled<T> sum;
+  for (int64_t j = threadIdx.x; j < columns.count; j += kThreads) {
+    T s = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+      const T x = rows.columns[i * width + d], y = columns.columns[j * width + d];
+      s += cost == Cost::sqeuclidean ? x * y : (x - y) * (x - y);
+    }
+    s = cost == Cost::sqeuclidean ? 2 * scale * s : -scale * root(s);
+    sum.add(columns.bias[j] + shift + s, T(1));
+  }
+  const T most = block_reduce<device::Max>(sum.most, scratch, T(2 * kLogZero));
+  __syncthreads();
+  const T total = block_reduce<device::Sum>(sum.total * power(sum.most - most), scratch, T(0));
+  __syncthreads();
+  return most + logarithm(total);
+}
+
+// The new softmin of a row and what it adds to the sums, from its level relative to the old softmin.
+template <typename T>
+__device__ Sums update_row(const Control& control, const Cloud<T>& rows, int64_t i, T level) {
+  const T scale = T(kLog2e / control.epsilon), unscale = T(control.epsilon * kLn2), omega = T(control.proposal);
+  const T f = (control.restore ? rows.start : rows.potential)[i], h = rows.softmin[i], a = rows.weights[i];
+  const T fresh = h - level * unscale;
+  rows.softmin[i] = fresh;
+  const T log_s = level + scale * (f - h);
+  if (!(a > 0)) return {0, 0, 0, 0, 0};
+  const T s = power(log_s < T(100) ? log_s : T(100));
+  const T left = omega == 1 ? T(1) : power(log_s * (1 - omega));
+  Sums sums;
+  sums.error = a * magnitude(s - 1);
+  sums.relaxed_error = a * magnitude(left - 1);
+  sums.mass = a * s;
+  sums.gain = omega == 1 ? T(0) : a * (s - left - log_s * omega * T(kLn2));
+  sums.change = magnitude(fresh - f);
+  return sums;
+}
+
+__device__ inline Sums block_sums(Sums sums, double (&scratch)[5][kWarp]) {
+  return {block_reduce<device::Sum>(sums.error, scratch[0], 0.0),
+          block_reduce<device::Sum>(sums.relaxed_error, scratch[1], 0.0),
+          block_reduce<device::Sum>(sums.mass, scratch[2], 0.0), block_reduce<device::Sum>(sums.gain, scratch[3], 0.0),
+          block_reduce<device::Max>(sums.change, scratch[4], 0.0)};
+}
+
+template <typename T, Cost cost>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const Control* control, Cloud<T> rows, Cloud<T> columns, int64_t dim, int64_t padded_rows,
+                  int64_t ranges, Sums* sums) {
+  if (control->done) return;
+  __shared__ T redo_scratch[kWarp];
+  __shared__ double sums_scratch[5][kWarp];
+  __shared__ int32_t bad[kThreads];
+  constexpr T least = sizeof(T) == 4 ? T(1e-30) : T(1e-290), most = sizeof(T) == 4 ? T(3e38) : T(1e308);
+  const int64_t begin = int64_t{blockIdx.x} * kThreads, i = begin + threadIdx.x;
+  T level = 0;
+  bool redo = false;
+  if (i < rows.count) {
+    Scaled<T> sum;
+    for (int64_t range = 0; range < ranges; ++range) {
+      const T total = rows.scratch[range * padded_rows + i];
+      if (control->safe)
+        sum.add(rows.scratch[(ranges + range) * padded_rows + i], total);
+      else
+        sum.total += total;
+    }
+    redo = !control->safe && !(sum.total >= least && sum.total <= most);
+    level = logarithm(sum.total) + (control->safe ? sum.most : T(0));
+  }
+  bad[threadIdx.x] = redo;
+  if (__syncthreads_or(redo)) {
+    for (int k = 0; k < kThreads; ++k) {
+      if (!bad[k]) continue;
+      const T again = redo_row<T, cost>(*control, rows, columns, dim, begin + k, redo_scratch);
+      if (static_cast<int>(threadIdx.x) == k) level = again;
+    }
+  }
+  const Sums mine = i < rows.count ? update_row(*control, rows, i, level) : Sums{0, 0, 0, 0, 0};
+  const Sums all = block_sums(mine, sums_scratch);
+  if (threadIdx.x == 0) sums[blockIdx.x] = all;
+}
+
+__global__ void begin_kernel(Control* control, const double* facts, Options options, const Control* rows,
+                             const Control* columns) {
+  begin(*control, facts, options, rows ? rows->safe : 1, columns ? columns->safe : 1);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(Control* control, Event event, const Sums* sums, int64_t count) {
+  if (control->done) return;
+  __shared__ double scratch[5][kWarp];
+  Sums mine = {0, 0, 0, 0, 0};
+  for (int64_t k = threadIdx.x; k < count; k += kThreads) mine = combine(mine, sums[k]);
+  const Sums all = block_sums(mine, scratch);
+  if (threadIdx.x == 0) advance(*control, event, all);
+}
+
+// The bias of element i, kLogZero in the padding.
+template <typename T>
+__device__ void write_bias(const Cloud<T>& cloud, int64_t i, T potential, T scale) {
+  cloud.bias[i] = cloud.log_weights[i] + scale * (potential - cloud.squares[i]);
+}
+
+template <typename T>
+__global__ void set_bias_kernel(const Control* control, Cloud<T> cloud, int64_t size) {
+  const T scale = T(kLog2e / control->epsilon);
+  for (int64_t i = first_element(); i < size; i += stride()) {
+    if (i < cloud.count)
+      write_bias(cloud, i, cloud.potential[i], scale);
+    else
+      cloud.bias[i] = T(kLogZero);
+  }
+}
+
+template <typename T>
+__global__ void set_cold_kernel(const Control* control, Cloud<T> cloud, Role role, int64_t size) {
+  if (control->done) return;
+  const T scale = T(kLog2e / control->epsilon);
+  for (int64_t i = first_element(); i < size; i += stride()) {
+    if (i >= cloud.count) {
+      cloud.bias[i] = T(kLogZero);
+      continue;
+    }
+    if (cloud.start) cloud.start[i] = role == Role::rows ? cloud.softmin[i] : cloud.potential[i];
+    cloud.potential[i] = 0;
+    cloud.softmin[i] = 0;
+    write_bias(cloud, i, T(0), scale);
+  }
+}
+
+template <typename T>
+__global__ void apply_kernel(const Control* control, Cloud<T> cloud, Role role) {
+  if (control->done) return;
+  const T scale = T(kLog2e / control->epsilon), omega = T(control->omega);
+  const bool restore = role == Role::rows && control->restore;
+  for (int64_t i = first_element(); i < cloud.count; i += stride()) {
+    if (restore) cloud.softmin[i] = cloud.start[i];
+    const T h = cloud.softmin[i], f = cloud.potential[i];
+    const T next = omega == 1 ? h : f + omega * (h - f);
+    cloud.potential[i] = next;
+    if (role == Role::self) cloud.softmin[i] = next;
+    write_bias(cloud, i, next, scale);
+  }
+}
+
+__global__ void report_kernel(const Control* control, double* out) {
+  out[0] = control->row_error + control->column_error;
+  out[1] = control->mass;
+  out[2] = static_cast<double>(control->iterations);
+  out[3] = control->converged;
+  out[4] = control->epsilon;
+}
+
+constexpr int kForceRows = 32, kForceColumns = 32, kForceDims = 64, kRowsEach = kForceRows * kWarp / kThreads;
+
+// A block owns 32 rows and 64 dimensions of the force. Per tile of columns: each thread computes the plan's entries of
+// 4 rows and its column, then sums over the tile's columns for 4 rows and 2 dimensions.
+template <typename T, Cost cost>
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(const double* epsilon, Cloud<T> rows, Cloud<T> columns, int64_t dim, T* force, T* mass) {
+  __shared__ T xs[kForceRows][kDepth + 1], ys[kForceColumns][kDepth + 1];
+  __shared__ T weights[kForceRows][kForceColumns + 1];
+  __shared__ T points[kForceColumns][kForceDims];
+  const int64_t width = padded_dim<T>(dim), row_begin = int64_t{blockIdx.x} * kForceRows;
+  const int64_t dim_begin = int64_t{blockIdx.y} * kForceDims;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  constexpr int kWarps = kThreads / kWarp;
+  const T scale = T(kLog2e / *epsilon);
+
+  T shift[kRowsEach], row_mass[kRowsEach], total[kRowsEach][2], x[kRowsEach][2];
+#pragma unroll
+  for (int r = 0; r < kRowsEach; ++r) {
+    const int64_t i = row_begin + warp + r * kWarps;
+    const bool in = i < rows.count;
+    shift[r] = in ? rows.log_weights[i] + scale * (rows.potential[i] - rows.squares[i]) : T(kLogZero);
+    row_mass[r] = 0;
+    for (int k = 0; k < 2; ++k) {
+      const int64_t d = dim_begin + lane + k * kWarp;
+      total[r][k] = 0;
+      x[r][k] = in && d < dim ? rows.columns[i * width + d] : T(0);
+    }
+  }
+  for (int64_t column_begin = 0; column_begin < columns.count; column_begin += kForceColumns) {
+    T s[kRowsEach] = {};
+    for (int64_t from = 0; from < dim; from += kDepth) {
+      __syncthreads();
+      for (int k = threadIdx.x; k < kForceRows * kDepth; k += kThreads) {
+        const int p = k / kDepth, d = k % kDepth;
+        const bool in = from + d < dim;
+        xs[p][d] = in && row_begin + p < rows.count ? rows.columns[(row_begin + p) * width + from + d] : T(0);
+        ys[p][d] =
+            in && column_begin + p < columns.count ? columns.columns[(column_begin + p) * width + from + d] : T(0);
+      }
+      __syncthreads();
+      for (int d = 0; d < kDepth; ++d) {
+        const T y = ys[lane][d];
+#pragma unroll
+        for (int r = 0; r < kRowsEach; ++r) {
+          const T xr = xs[warp + r * kWarps][d];
+          s[r] += cost == Cost::sqeuclidean ? xr * y : (xr - y) * (xr - y);
+        }
+      }
+    }
+    const int64_t j = column_begin + lane;
+    const T bias = j < columns.count ? columns.bias[j] : T(kLogZero);
+#pragma unroll
+    for (int r = 0; r < kRowsEach; ++r) {
+      const T distance = cost == Cost::sqeuclidean ? T(1) : root(s[r]);
+      const T plan = power(bias + shift[r] + (cost == Cost::sqeuclidean ? 2 * scale * s[r] : -scale * distance));
+      row_mass[r] += plan;
+      weights[warp + r * kWarps][lane] = distance > 0 ? plan / distance : T(0);
+    }
+    for (int k = threadIdx.x; k < kForceColumns * kForceDims; k += kThreads) {
+      const int64_t p = column_begin + k / kForceDims, d = dim_begin + k % kForceDims;
+      points[k / kForceDims][k % kForceDims] = p < columns.count && d < dim ? columns.columns[p * width + d] : T(0);
+    }
+    __syncthreads();
+    for (int c = 0; c < kForceColumns; ++c) {
+#pragma unroll
+      for (int r = 0; r < kRowsEach; ++r) {
+        const T w = weights[warp + r * kWarps][c];
+        total[r][0] += w * (x[r][0] - points[c][lane]);
+        total[r][1] += w * (x[r][1] - points[c][lane + kWarp]);
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsEach; ++r) {
+    const int64_t i = row_begin + warp + r * kWarps;
+    const T sum = device::warp_reduce<device::Sum>(row_mass[r]);
+    if (i >= rows.count) continue;
+    if (lane == 0 && blockIdx.y == 0) mass[i] = sum;
+    for (int k = 0; k < 2; ++k) {
+      const int64_t d = dim_begin + lane + k * kWarp;
+      if (d < dim) force[i * dim + d] = total[r][k];
+    }
+  }
+}
+
+template <typename T>
+void pack(const T* points, int64_t count, int64_t dim, T* columns, Stream stream) {
+  const int64_t size = columns_size<T>(count, dim);
+  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_blocks(size), kThreads, 0, stream, points, count, dim, size, columns);
+}
+
+// What this host thread last saw of its solve. The device writes the solve's number into `done`, so that a late copy of
+// an earlier solve is not taken for this one's.
+struct Poll {
+  int device = -1;
+  int32_t number = 0;
+  int64_t count = 0;
+  int32_t* seen = nullptr;  // [2] pinned
+  cudaEvent_t events[2] = {};
+};
+#if defined(WGAN_EXT_EMULATED)
+Poll poll;  // one host thread
+#else
+thread_local Poll poll;
+#endif
+
+void begin_solve(Control* control, const double* facts, const Options& options, const Control* rows,
+                 const Control* columns, Stream stream) {
+  poll.number = poll.number % 0x7fffffff + 1;
+  poll.count = 0;
+  Options numbered = options;
+  numbered.number = poll.number;
+  WGAN_EXT_LAUNCH(begin_kernel, 1, 1, 0, stream, control, facts, numbered, rows, columns);
+}
+
+bool finished(const Control* control, Stream stream) {
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus capture;
+  check_cuda(cudaStreamIsCapturing(s, &capture), "cudaStreamIsCapturing");
+  if (capture != cudaStreamCaptureStatusNone) return false;
+  int device;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  if (poll.device != device) {
+    if (!poll.seen) check_cuda(cudaMallocHost(&poll.seen, 2 * sizeof *poll.seen), "cudaMallocHost");
+    for (cudaEvent_t& event : poll.events) {
+      if (event) check_cuda(cudaEventDestroy(event), "cudaEventDestroy");
+      check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+    }
+    poll.device = device;
+  }
+  const int64_t now = poll.count++ % 2, before = 1 - now;
+  check_cuda(cudaMemcpyAsync(poll.seen + now, &control->done, sizeof(int32_t), cudaMemcpyDeviceToHost, s),
+             "cudaMemcpy");
+  check_cuda(cudaEventRecord(poll.events[now], s), "cudaEventRecord");
+  if (poll.count == 1) return false;
+  check_cuda(cudaEventSynchronize(poll.events[before]), "cudaEventSynchronize");
+  return static_cast<volatile int32_t*>(poll.seen)[before] == poll.number;
+}
+
+template <typename T>
+void set_bias(const Control* control, const Cloud<T>& cloud, Stream stream) {
+  const int64_t size = padded<T>(cloud.count);
+  WGAN_EXT_LAUNCH((set_bias_kernel<T>), elementwise_blocks(size), kThreads, 0, stream, control, cloud, size);
+}
+
+template <typename T>
+void set_cold(const Control* control, const Cloud<T>& cloud, Role role, Stream stream) {
+  const int64_t size = padded<T>(cloud.count);
+  WGAN_EXT_LAUNCH((set_cold_kernel<T>), elementwise_blocks(size), kThreads, 0, stream, control, cloud, role, size);
+}
+
+template <typename T, Cost cost>
+void launch_pass(const Control* control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, Sums* sums,
+                 Stream stream) {
+  const int64_t parts = ranges<T>(rows.count, columns.count), padded_rows = padded<T>(rows.count);
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows.count, Tile<T>::rows)), static_cast<unsigned>(parts));
+  WGAN_EXT_LAUNCH((pass_kernel<T, cost>), grid, kThreads, 0, stream, control, rows, columns, dim, padded_rows);
+  WGAN_EXT_LAUNCH((finish_kernel<T, cost>), static_cast<unsigned>(sums_size(rows.count, 0, 0)), kThreads, 0, stream,
+                  control, rows, columns, dim, padded_rows, parts, sums);
+}
+
+template <typename T>
+void pass(const Control* control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, Cost cost, Sums* sums,
+          Stream stream) {
+  if (cost == Cost::sqeuclidean)
+    launch_pass<T, Cost::sqeuclidean>(control, rows, columns, dim, sums, stream);
+  else
+    launch_pass<T, Cost::euclidean>(control, rows, columns, dim, sums, stream);
+}
+
+void advance_solve(Control* control, Event event, const Sums* sums, int64_t count, Stream stream) {
+  WGAN_EXT_LAUNCH(advance_kernel, 1, kThreads, 0, stream, control, event, sums, count);
+}
+
+template <typename T>
+void apply(const Control* control, const Cloud<T>& cloud, Role role, Stream stream) {
+  WGAN_EXT_LAUNCH((apply_kernel<T>), elementwise_blocks(cloud.count), kThreads, 0, stream, control, cloud, role);
+}
+
+void report(const Control* control, double* out, Stream stream) {
+  WGAN_EXT_LAUNCH(report_kernel, 1, 1, 0, stream, control, out);
+}
+
+template <typename T>
+void gradient(const double* epsilon, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, Cost cost, T* force,
+              T* mass, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows.count, kForceRows)),
+                  static_cast<unsigned>(ceil_div(dim, kForceDims)));
+  if (cost == Cost::sqeuclidean)
+    WGAN_EXT_LAUNCH((gradient_kernel<T, Cost::sqeuclidean>), grid, kThreads, 0, stream, epsilon, rows, columns, dim,
+                    force, mass);
+  else
+    WGAN_EXT_LAUNCH((gradient_kernel<T, Cost::euclidean>), grid, kThreads, 0, stream, epsilon, rows, columns, dim,
+                    force, mass);
+}
+
+template <typename T>
+const Kernels<T>& table() {
+  static constexpr Kernels<T> kernels = {
+      16,          columns_size<T>, padded<T>,     scratch_size<T>, sums_size, pack<T>, begin_solve, set_bias<T>,
+      set_cold<T>, pass<T>,         advance_solve, apply<T>,        finished,  report,  gradient<T>};
+  return kernels;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& Kernels<float>::cuda() {
+  return table<float>();
+}
+template <>
+const Kernels<double>& Kernels<double>::cuda() {
+  return table<double>();
+}
+
+}  // namespace wgan_ext::sinkhorn
