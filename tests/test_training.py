@@ -248,6 +248,20 @@ def test_measuring_and_writing_leave_training_alone(
     assert all(module.training for module in watched.critic.modules())
 
 
+def test_every_step_and_process_draws_its_own_numbers(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--device", "cpu"])
+    arguments, seeds = train.arguments(), set()
+    for rank in range(2):
+        watched = train.Run(arguments)
+        watched.rank = rank
+        for _ in range(3):
+            watched.advance()
+            seeds.add(torch.initial_seed())
+    assert len(seeds) == 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
