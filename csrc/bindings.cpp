@@ -74,8 +74,10 @@ PYBIND11_MODULE(_C, m) {
   Entry<Tensor(const Tensor&, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool, at::ScalarType, bool)>::bind(
       m, "critic_input_gradient");
   // spectral
-  Entry<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, bool)>::bind(m, "spectral_norm");
-  Entry<Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t)>::bind(m, "spectral_norm_backward");
+  Entry<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
+                                                   double, bool)>::bind(m, "spectral_norm");
+  Entry<Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
+               const Tensor&, int64_t)>::bind(m, "spectral_norm_backward");
   Entry<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>::bind(m, "spectral_norm_store_");
   // sinkhorn
   using OptionalTensor = const std::optional<Tensor>&;
@@ -87,8 +89,8 @@ PYBIND11_MODULE(_C, m) {
                  std::optional<double>, double, int64_t, std::optional<double>)>::bind(m, "sinkhorn_divergence");
   Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&, const Tensor&,
                const Tensor&, std::string_view)>::bind(m, "sinkhorn_gradient");
-  Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&,
-               std::string_view)>::bind(m, "sinkhorn_weight_gradient");
+  Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&, std::string_view)>::bind(
+      m, "sinkhorn_weight_gradient");
 
   // build facts
   m.attr("torch_version") = py::make_tuple(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH);
