@@ -66,8 +66,9 @@ __device__ void for_bytes(int64_t rows, int64_t bytes, int width, const Body& bo
 }
 
 template <typename T, bool aligned>
-__global__ void __launch_bounds__(kThreads, 4) activate_kernel(const T* z, const T* bias, ComputeT<T> slope, T* h,
-                                                            uint8_t* signs, int64_t rows, int64_t columns, int width) {
+__global__ void __launch_bounds__(kThreads, 4)
+    activate_kernel(const T* z, const T* bias, ComputeT<T> slope, T* h, uint8_t* signs, int64_t rows, int64_t columns,
+                    int width) {
   const int64_t bytes = ceil_div(columns, 8);
   for_bytes(rows, bytes, width, [=](int64_t row, int64_t byte) {
     const int64_t column = 8 * byte, n = min(int64_t{8}, columns - column);
