@@ -104,6 +104,44 @@ SAMPLES["spectral_norm"] = _spectral
 SAMPLES["spectral_norm_backward"] = _spectral_backward
 SAMPLES["spectral_norm_store_"] = _spectral_store
 
+# sinkhorn
+
+
+def sinkhorn_points(device: torch.device) -> tuple[torch.Tensor, ...]:
+    x, y = torch.rand(7, 2, device=device, requires_grad=True), torch.rand(5, 2, device=device)
+    a = torch.full((7,), 1 / 7, device=device, requires_grad=True)
+    return x, y, a, torch.full((5,), 0.2, device=device)
+
+
+def sinkhorn_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, a, b = sinkhorn_points(device)
+    options = (0.3, 0.5, 1e-3, 200, None)
+    return [
+        (x, y, a, b, "sqeuclidean", *options, None, None),
+        (x, y, None, None, "euclidean", *options, torch.zeros(7, device=device), torch.zeros(5, device=device)),
+    ]
+
+
+def sinkhorn_divergence_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    return [sample[:10] for sample in sinkhorn_samples(device)]
+
+
+def sinkhorn_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, a, b = (t.detach() for t in sinkhorn_points(device))
+    epsilon = torch.tensor(0.3, dtype=torch.float64, device=device)
+    return [(x, y, a, b, torch.zeros_like(a), torch.zeros_like(b), epsilon, "sqeuclidean")]
+
+
+def sinkhorn_weight_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, a, b = (t.detach() for t in sinkhorn_points(device))
+    return [(x, y, a, b, torch.zeros_like(a), "sqeuclidean")]
+
+
+SAMPLES["sinkhorn"] = sinkhorn_samples
+SAMPLES["sinkhorn_divergence"] = sinkhorn_divergence_samples
+SAMPLES["sinkhorn_gradient"] = sinkhorn_gradient_samples
+SAMPLES["sinkhorn_weight_gradient"] = sinkhorn_weight_gradient_samples
+
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_opcheck(name: str, device: torch.device) -> None:

@@ -75,12 +75,19 @@ Trace<T> solve(const Kernels<T>& kernels, int64_t n, int64_t m, int64_t dim, Cos
                 T(control.iterations), T(control.restore), T(control.safe)},
                8);
   };
+  const auto note_sums = [&](int64_t count) {
+    Sums total{};
+    for (int64_t i = 0; i < count; ++i) total = combine(total, sums[static_cast<size_t>(i)]);
+    trace.note("sums", {T(total.error), T(total.relaxed_error), T(total.mass), T(total.gain), T(total.change)}, 5);
+  };
   const auto rows = [&](Event event) {
     kernels.pass(&control, x.cloud, y.cloud, dim, cost, sums.data(), nullptr);
+    note_sums(row_sums);
     kernels.advance(&control, event, sums.data(), row_sums, nullptr);
   };
   const auto columns = [&](Event event) {
     kernels.pass(&control, y.cloud, x.cloud, dim, cost, sums.data(), nullptr);
+    note_sums(column_sums);
     kernels.advance(&control, event, sums.data(), column_sums, nullptr);
   };
 

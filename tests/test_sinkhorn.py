@@ -1,0 +1,465 @@
+"""Entropic transport and the Sinkhorn divergence: values, derivatives, the solver's rules, layouts, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import resource
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wgan_ext import reference, sinkhorn, sinkhorn_divergence
+
+COSTS = ["sqeuclidean", "euclidean"]
+DOUBLE = torch.float64
+SHAPES = [(1, 1, 1), (1, 9, 2), (17, 1, 3), (5, 3, 1), (33, 70, 2), (130, 67, 3), (64, 64, 17), (90, 41, 100)]
+
+
+def cloud(count: int, dim: int, device: torch.device, dtype: torch.dtype = DOUBLE) -> tuple[Tensor, Tensor]:
+    weights = torch.rand(count, dtype=DOUBLE) + 0.1
+    return torch.rand(count, dim, dtype=DOUBLE).to(device, dtype), (weights / weights.sum()).to(device, dtype)
+
+
+def plan(x: Tensor, y: Tensor, a: Tensor, b: Tensor, result: Any, cost: str) -> Tensor:
+    x, y, a, b, f, g = (t.double() for t in (x, y, a, b, result.f, result.g))
+    C = reference.transport_cost_matrix(x, y, cost)
+    return torch.outer(a, b) * ((f[:, None] + g - C) / result.epsilon).exp()
+
+
+# Values
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_is_that_of_the_reference(shape: tuple[int, int, int], cost: str, device: torch.device) -> None:
+    n, m, dim = shape
+    (x, a), (y, b) = cloud(n, dim, device), cloud(m, dim, device)
+    epsilon = 0.2 * math.sqrt(dim) if cost == "euclidean" else 0.1 * dim
+    want = reference.sinkhorn(x, y, a, b, epsilon, cost)
+    got = sinkhorn(x, y, a, b, cost=cost, epsilon=epsilon, tol=1e-10)
+    assert got.converged
+    assert got.value.item() == pytest.approx(want.item(), rel=1e-10)
+    single = sinkhorn(x.float(), y.float(), a.float(), b.float(), cost=cost, epsilon=epsilon, tol=1e-4)
+    assert single.converged
+    assert single.value.item() == pytest.approx(want.item(), rel=3e-5, abs=1e-5)
+
+    want = reference.sinkhorn_divergence(x, y, a, b, epsilon, cost)
+    got = sinkhorn_divergence(x, y, a, b, cost=cost, epsilon=epsilon, tol=1e-10)
+    assert got.item() == pytest.approx(want.item(), rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_marginal_error_is_that_of_the_plan(cost: str, dtype: torch.dtype, device: torch.device) -> None:
+    (x, a), (y, b) = cloud(200, 3, device, dtype), cloud(150, 3, device, dtype)
+    for relaxation in ("auto", 1.0, 1.7):
+        result = sinkhorn(x, y, a, b, cost=cost, epsilon=0.02, relaxation=relaxation)
+        P = plan(x, y, a, b, result, cost)
+        error = (P.sum(1) - a).abs().sum() + (P.sum(0) - b).abs().sum()
+        assert result.marginal_error.item() == pytest.approx(
+            error.item(), abs=1e-5 if dtype == torch.float32 else 1e-12
+        )
+        assert result.marginal_error <= 1e-3
+
+
+def test_value_is_a_lower_bound_that_rises_with_the_iterations(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(60, 2, device), cloud(70, 2, device)
+    exact = reference.sinkhorn(x, y, a, b, 0.02)
+    options: dict[str, Any] = {"epsilon": 0.02, "tol": 0.0, "scaling": None, "relaxation": 1.0}
+    values = [sinkhorn(x, y, a, b, max_iter=k, **options).value for k in (1, 2, 4, 8, 16, 32)]
+    assert all(low < high for low, high in itertools.pairwise(values))
+    assert values[-1] <= exact
+
+
+def test_gaussians_have_a_closed_form(device: torch.device) -> None:
+    # Janati et al. 2020, with epsilon = 2 sigma^2, on Gauss-Hermite nodes, which integrate the Gaussians exactly.
+    nodes, weights = np.polynomial.hermite.hermgauss(60)
+    t = torch.tensor(nodes * math.sqrt(2), device=device)
+    w = torch.tensor(weights / weights.sum(), device=device)
+    s1, s2, shift, epsilon = 1.0, 0.6, 0.7, 0.5
+    v = epsilon / 2
+    d = math.sqrt(4 * s1**2 * s2**2 + v**2)
+    want = shift**2 + s1**2 + s2**2 - d + v * (1 - math.log(2 * v)) + v * math.log(d + v)
+    got = sinkhorn((s1 * t)[:, None], (s2 * t + shift)[:, None], w, w, epsilon=epsilon, tol=1e-12)
+    assert got.value.item() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_a_translate_is_its_squared_distance_away(dtype: torch.dtype, device: torch.device) -> None:
+    x, a = cloud(120, 3, device, dtype)
+    shift = torch.tensor([1.0, -2.0, 0.5], device=device, dtype=dtype)
+    y = (x + shift).requires_grad_()
+    value = sinkhorn_divergence(x, y, a, a)
+    assert value.item() == pytest.approx(5.25, rel=1e-6 if dtype == torch.float32 else 1e-12)
+    value.backward()
+    assert torch.allclose(y.grad, 2 * shift * a[:, None], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("epsilon", [None, 1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_equal_clouds_are_zero_bit_for_bit(
+    cost: str, epsilon: float | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, a = cloud(150, 3, device, dtype)
+    x.requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    value = sinkhorn_divergence(x, y, a, a.clone(), cost=cost, epsilon=epsilon)
+    value.backward()
+    assert value.item() == 0
+    assert not x.grad.any()
+    assert not y.grad.any()
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_common_shift_of_the_clouds_changes_nothing(cost: str, device: torch.device) -> None:
+    grid = 2.0**-10  # points that float32 holds exactly, shifted or not
+    x, y = ((torch.rand(100, 3, device=device) / grid).round() * grid for _ in range(2))
+    near, far = (
+        [sinkhorn_divergence(x + s, y + s, cost=cost), sinkhorn(x + s, y + s, cost=cost).value] for s in (0, 1000)
+    )
+    assert near[0].item() == pytest.approx(far[0].item(), rel=1e-4, abs=1e-6)
+    assert near[1].item() == pytest.approx(far[1].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_zero_weights_are_absent_points(cost: str, device: torch.device) -> None:
+    (x, a), (y, b) = cloud(60, 2, device), cloud(50, 2, device)
+    far = torch.full((3, 2), 1e3, dtype=DOUBLE, device=device)
+    nothing = torch.zeros(3, dtype=DOUBLE, device=device)
+    for dtype, tol, rel in ((DOUBLE, 1e-10, 1e-9), (torch.float32, 1e-4, 1e-4)):
+        x2, a2 = torch.cat([far, x]).to(dtype).requires_grad_(), torch.cat([nothing, a]).to(dtype)
+        y2, b2 = torch.cat([y, -far]).to(dtype), torch.cat([b, nothing]).to(dtype)
+        got = sinkhorn(x2, y2, a2, b2, cost=cost, epsilon=0.05, tol=tol)
+        want = sinkhorn(x.to(dtype), y.to(dtype), a.to(dtype), b.to(dtype), cost=cost, epsilon=0.05, tol=tol)
+        assert got.value.item() == pytest.approx(want.value.item(), rel=rel)
+        assert all(torch.isfinite(t).all() for t in (got.f, got.g))
+        got.value.backward()
+        assert torch.isfinite(x2.grad).all()
+        assert x2.grad[:3].abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_all_points_in_one_place(cost: str, device: torch.device) -> None:
+    x = torch.full((20, 3), 0.3, device=device, requires_grad=True)
+    y = torch.full((7, 3), 0.3, device=device)
+    value = sinkhorn_divergence(x, y, cost=cost)
+    value.backward()
+    assert abs(value.item()) < 1e-6
+    assert x.grad.abs().max() < 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    m=st.integers(1, 12),
+    dim=st.integers(1, 4),
+    epsilon=st.sampled_from([0.02, 0.1, 1.0]),
+    cost=st.sampled_from(COSTS),
+    seed=st.integers(0, 2**16),
+)
+def test_divergence_is_symmetric_and_not_negative(
+    n: int, m: int, dim: int, epsilon: float, cost: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    cpu = torch.device("cpu")
+    (x, a), (y, b) = cloud(n, dim, cpu), cloud(m, dim, cpu)
+    options: dict[str, Any] = {"cost": cost, "epsilon": epsilon, "tol": 1e-9, "max_iter": 20_000}
+    there, back = sinkhorn_divergence(x, y, a, b, **options), sinkhorn_divergence(y, x, b, a, **options)
+    assert there.item() == pytest.approx(back.item(), abs=1e-8)
+    assert there >= -1e-8
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("debiased", [False, True])
+def test_gradients_are_those_of_finite_differences(cost: str, debiased: bool, device: torch.device) -> None:
+    options: dict[str, Any] = {"cost": cost, "epsilon": 0.15, "tol": 1e-11, "max_iter": 20_000}
+
+    def value(x: Tensor, y: Tensor, logits_a: Tensor, logits_b: Tensor) -> Tensor:
+        a, b = logits_a.softmax(0), logits_b.softmax(0)
+        return sinkhorn_divergence(x, y, a, b, **options) if debiased else sinkhorn(x, y, a, b, **options).value
+
+    inputs = [
+        torch.rand(size, dtype=DOUBLE, device=device, requires_grad=True) for size in ((9, 3), (7, 3), (9,), (7,))
+    ]
+    assert torch.autograd.gradcheck(value, inputs, eps=1e-5, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("dim", [1, 3, 100])
+def test_float_gradients_are_those_of_the_reference(cost: str, dim: int, device: torch.device) -> None:
+    (x, a), (y, b) = cloud(150, dim, device), cloud(131, dim, device)
+    y = y + 0.2
+    inputs = [t.requires_grad_() for t in (x, y, a, b)]
+    want = torch.autograd.grad(reference.sinkhorn_divergence(*inputs, 0.2 * dim, cost), inputs)
+    single = [t.detach().float().requires_grad_() for t in inputs]
+    value = sinkhorn_divergence(*single, cost=cost, epsilon=0.2 * dim, tol=1e-5)
+    for got, reference_gradient, t in zip(torch.autograd.grad(value, single), want, inputs, strict=True):
+        if t.dim() == 1:  # defined up to a constant
+            got, reference_gradient = got - got.mean(), reference_gradient - reference_gradient.mean()
+        assert got.dtype == torch.float32
+        difference = (got.double() - reference_gradient).norm() / reference_gradient.norm()
+        assert difference < 2e-3
+
+
+def test_gradient_at_the_default_tolerance(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(120, 2, device), cloud(120, 2, device)
+    x, y = x.requires_grad_(), y * 0.5 + 1
+    (want,) = torch.autograd.grad(reference.sinkhorn_divergence(x, y, a, b, 0.05), x)
+    (got,) = torch.autograd.grad(sinkhorn_divergence(x, y, a, b, epsilon=0.05), x)
+    assert (got - want).norm() / want.norm() < 0.01
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(9, 2, device), cloud(7, 2, device)
+    x.requires_grad_()
+    a.requires_grad_()
+    for value in (sinkhorn(x, y, a, b).value, sinkhorn_divergence(x, y, a, b)):
+        for gradient in torch.autograd.grad(value, (x, a), create_graph=True):
+            with pytest.raises(NotImplementedError, match="sinkhorn: second derivatives are not implemented"):
+                torch.autograd.grad(gradient.sum(), x, retain_graph=True)
+
+
+def test_potentials_and_facts_carry_no_gradient(device: torch.device) -> None:
+    x, y = torch.rand(9, 2, device=device, requires_grad=True), torch.rand(7, 2, device=device)
+    result = sinkhorn(x, y)
+    assert result.value.requires_grad
+    assert not any(t.requires_grad for t in (result.f, result.g, result.marginal_error, result.epsilon))
+
+
+# The solver's rules
+
+
+def test_relaxation_saves_iterations(device: torch.device) -> None:
+    x, y = torch.rand(300, 3, device=device), torch.rand(300, 3, device=device)
+    options: dict[str, Any] = {"epsilon": 2e-3, "tol": 1e-4, "max_iter": 5000}
+    plain, relaxed = sinkhorn(x, y, relaxation=1.0, **options), sinkhorn(x, y, **options)
+    assert plain.converged
+    assert relaxed.converged
+    assert relaxed.iterations < plain.iterations / 3
+    assert relaxed.value.item() == pytest.approx(plain.value.item(), rel=1e-4)
+
+
+def test_scaling_saves_iterations(device: torch.device) -> None:
+    x, y = torch.rand(300, 3, device=device), torch.rand(300, 3, device=device) * 0.5
+    options: dict[str, Any] = {"epsilon": 2e-3, "tol": 1e-2, "max_iter": 5000, "relaxation": 1.0}
+    scaled, unscaled = sinkhorn(x, y, **options), sinkhorn(x, y, scaling=None, **options)
+    assert scaled.converged
+    assert scaled.iterations < 0.8 * unscaled.iterations
+
+
+def test_self_terms_start_the_cross_term_where_that_is_better(device: torch.device) -> None:
+    from wgan_ext import _ops
+
+    x = torch.rand(500, 2, device=device)
+    y = x + 0.003 * torch.randn(500, 2, device=device)
+    options = ("sqeuclidean", 0.01, 0.5, 1e-4, 5000, 1.0)
+    scaled = _ops.sinkhorn(x, y, None, None, *options, None, None)[6]
+    started = _ops.sinkhorn_divergence(x, y, None, None, *options)[6]
+    assert started < scaled / 2
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize(
+    "case", ["scaling", "no scaling", "zero weights", "tiny weights", "warm", "omega", "wide", "short"]
+)
+def test_adversaries_of_the_plain_sum(case: str, cost: str, device: torch.device) -> None:
+    # Each makes exponents large, sums vanish or weights unlike: no NaN, and the double reference's value.
+    (x, a), (y, b) = cloud(150, 2, device), cloud(120, 2, device)
+    options: dict[str, Any] = {"epsilon": 5e-3, "tol": 1e-3, "max_iter": 5000, "cost": cost}
+    if case == "scaling":
+        options["scaling"] = 1 / 16
+    elif case == "no scaling":
+        options["scaling"] = None
+    elif case == "zero weights":
+        a[::3], b[1::2] = 0, 0
+        options["scaling"] = 1 / 16
+    elif case == "tiny weights":
+        a[::3], b[1::2] = 1e-30, 1e-35
+    elif case == "omega":
+        options["relaxation"] = 1.95
+    elif case == "wide":
+        x[:75] += 30
+        y[:60] += 30
+        options["max_iter"] = 200
+    elif case == "short":
+        options |= {"max_iter": 3, "tol": 0.0}
+    a, b = a / a.sum(), b / b.sum()
+    single = [t.float() for t in (x, y, a, b)]
+    if case == "warm":
+        rough = [(torch.randn(k, device=device) * 5) for k in (150, 120)]
+        options["init"] = tuple(rough)
+    with warnings.catch_warnings():
+        if case == "wide":
+            warnings.simplefilter("ignore")
+        result, exact = sinkhorn(*single, **options), sinkhorn(x, y, a, b, **options)
+    for t in (result.value, result.f, result.g, result.marginal_error):
+        assert torch.isfinite(t).all()
+    if case == "wide":  # two lumps that exchange mass over a gap of 3600 epsilon or more: neither converges
+        return
+    assert result.converged or case == "short"
+    assert result.value.item() == pytest.approx(exact.value.item(), rel=2e-3, abs=1e-4)
+
+
+def test_a_converged_start_needs_no_iteration(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(100, 2, device, torch.float32), cloud(80, 2, device, torch.float32)
+    y = y + 3
+    for cost in COSTS:
+        first = sinkhorn(x, y, a, b, cost=cost, epsilon=0.05)
+        again = sinkhorn(x, y, a, b, cost=cost, epsilon=0.05, init=(first.f, first.g), tol=1.1e-3)
+        assert again.iterations == 0
+        assert again.value.item() == pytest.approx(first.value.item(), rel=1e-5)
+        moved = sinkhorn(x + 0.01, y, a, b, cost=cost, epsilon=0.05, init=(first.f, first.g))
+        assert moved.converged
+        assert moved.iterations <= first.iterations
+
+
+def test_tolerance_zero_runs_all_iterations_and_does_not_warn(device: torch.device) -> None:
+    x, y = torch.rand(40, 2, device=device), torch.rand(30, 2, device=device)
+    for count in (1, 2, 7, 40):
+        assert sinkhorn(x, y, tol=0.0, max_iter=count).iterations == count
+    assert torch.isfinite(sinkhorn_divergence(x, y, tol=0.0, max_iter=20))
+
+
+def test_a_solve_that_does_not_converge_warns() -> None:
+    x, y = torch.rand(100, 2), torch.rand(100, 2)
+    with pytest.warns(UserWarning, match=r"sinkhorn: not converged after 5 iterations.*raise max_iter"):
+        result = sinkhorn(x, y, epsilon=1e-4, max_iter=5)
+    assert not result.converged
+
+
+def test_default_epsilon_follows_the_scale(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(50, 3, device), cloud(60, 3, device)
+    C = reference.transport_cost_matrix(x, y)
+    mean = (torch.outer(a, b) * C).sum()
+    assert sinkhorn(x, y, a, b).epsilon.item() == pytest.approx(0.05 * mean.item(), rel=1e-12)
+    euclidean = sinkhorn(x, y, a, b, cost="euclidean").epsilon.item()
+    assert euclidean == pytest.approx(0.05 * mean.sqrt().item(), rel=1e-12)
+    iterations = {sinkhorn(x * s, y * s, a, b).iterations.item() for s in (1e-3, 1.0, 1e3)}
+    assert len(iterations) == 1
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_results_do_not_depend_on_the_threads(cost: str) -> None:
+    (x, a), (y, b) = (
+        cloud(700, 5, torch.device("cpu"), torch.float32),
+        cloud(900, 5, torch.device("cpu"), torch.float32),
+    )
+    x.requires_grad_()
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        value = sinkhorn_divergence(x, y, a, b, cost=cost)
+        results.append((value.detach(), *torch.autograd.grad(value, x)))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_memory_grows_with_the_points_not_with_their_pairs() -> None:
+    x, y = torch.rand(20_000, 2), torch.rand(15_000, 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sinkhorn(x, y, tol=0.0, max_iter=1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB; one matrix is 1.2 GB
+
+
+# Layouts and dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_points_are_computed_in_float(dtype: torch.dtype, device: torch.device) -> None:
+    x, y = torch.rand(50, 3, device=device).to(dtype), torch.rand(40, 3, device=device).to(dtype)
+    value = sinkhorn_divergence(x.requires_grad_(), y)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(sinkhorn_divergence(x.float(), y.float()).item(), rel=1e-6)
+    value.backward()
+    assert x.grad.dtype == dtype
+
+
+def test_layouts(device: torch.device) -> None:
+    x, y = torch.rand(3, 40, device=device).t(), torch.rand(60, 6, device=device)[::2, ::2]
+    a = torch.rand(80, device=device)[::2]
+    a = torch.stack([a / a.sum()] * 2, 1)[:, 0]
+    got = sinkhorn(x, y, a)
+    want = sinkhorn(x.contiguous(), y.contiguous(), a.contiguous())
+    assert torch.equal(got.value, want.value)
+    assert torch.equal(got.f, want.f)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's autocast is what this tests")
+def test_autocast_computes_in_float() -> None:
+    x, y = torch.rand(30, 3), torch.rand(30, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sinkhorn_divergence(x, y), sinkhorn_divergence(x.clone(), y))
+        assert sinkhorn_divergence(x.bfloat16(), y).dtype == torch.float32
+
+
+def test_compiled_code_gives_the_same(device: torch.device) -> None:
+    x, y = torch.rand(30, 3, device=device, requires_grad=True), torch.rand(20, 3, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        return sinkhorn_divergence(x * 2, y).square()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for function in (loss, compiled):
+        value = function(x)
+        (gradient,) = torch.autograd.grad(value, x)
+        if function is loss:
+            want = (value, gradient)
+    assert torch.equal(value, want[0])
+    assert torch.equal(gradient, want[1])
+
+
+# Refusals
+
+
+def test_refusals(device: torch.device) -> None:
+    x, y = torch.rand(5, 2, device=device), torch.rand(4, 2, device=device)
+    a = torch.full((5,), 0.2, device=device)
+    cases: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
+        (ValueError, r"y must have the dimension of x \(2\), got 3", (x, torch.rand(4, 3, device=device)), {}),
+        (ValueError, r"x must be points of shape \(count, dim\)", (x[0], y), {}),
+        (ValueError, r"y must be points of shape \(count, dim\), at least one of each", (x, y[:0]), {}),
+        (ValueError, r"a must have shape \[5\], got \[4\]", (x, y, a[:4]), {}),
+        (TypeError, "x must be a floating-point tensor", (x.int(), y), {}),
+        (TypeError, "y must have the dtype of x", (x, y.double()), {}),
+        (ValueError, 'cost must be "sqeuclidean" or "euclidean", got "cosine"', (x, y), {"cost": "cosine"}),
+        (ValueError, "epsilon must be positive", (x, y), {"epsilon": 0.0}),
+        (ValueError, r"scaling must be in \(0, 1\)", (x, y), {"scaling": 1.0}),
+        (ValueError, "tol must be finite and not negative", (x, y), {"tol": -1.0}),
+        (ValueError, "max_iter must be at least 1", (x, y), {"max_iter": 0}),
+        (ValueError, r"relaxation must be \"auto\" or in \[1, 2\)", (x, y), {"relaxation": 2.0}),
+    ]
+    for function, name in ((sinkhorn, "sinkhorn"), (sinkhorn_divergence, "sinkhorn_divergence")):
+        for kind, message, arguments, options in cases:
+            with pytest.raises(kind, match=f"{name}: {message}"):
+                function(*arguments, **options)
+    with pytest.raises(ValueError, match=r"init g must have shape \[4\], got \[5\]"):
+        sinkhorn(x, y, init=(a, a))
+
+
+def test_bad_values_are_refused_on_the_cpu() -> None:
+    x, y = torch.rand(5, 2), torch.rand(4, 2)
+    a = torch.full((5,), 0.2)
+    with pytest.raises(ValueError, match="a and b must have the same sum"):
+        sinkhorn(x, y, 2 * a)
+    with pytest.raises(ValueError, match="a must be finite and not negative, with a positive sum"):
+        sinkhorn(x, y, a * torch.tensor([1.0, 1, 1, 3, -1]))
+    with pytest.raises(ValueError, match="a must be finite and not negative, with a positive sum"):
+        sinkhorn(x, y, 0 * a)
+    with pytest.raises(ValueError, match="y must be finite"):
+        sinkhorn(x, y * math.nan)
+    with pytest.raises(ValueError, match="x must be finite"):
+        sinkhorn_divergence(x / 0, y)
+    with pytest.raises(ValueError, match="init f must be finite"):
+        sinkhorn(x, y, init=(a * math.inf, y[:, 0]))
