@@ -12,8 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,31 +56,32 @@ def call(command: list[str], **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
     """Compile a program here, a tower's or ``faults``, once for each sanitizer."""
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    programs: dict[Path, list[Future[subprocess.CompletedProcess[str]]]] = {}
 
-    def compile_one(source: Path, sanitizer: str, target: Path) -> Path:
-        language = ["-x", "c++"] if source.suffix == ".cu" else []
-        shown = call(["g++", *FLAGS, *SANITIZERS[sanitizer], "-c", *language, str(source), "-o", str(target)])
-        assert shown.returncode == 0, shown.stdout
-        return target
-
-    @functools.cache
     def compile_program(program: str, sanitizer: str) -> Path:
-        names = ["tests/cuda_on_cpu/faults.cpp"]
-        if program != "faults":
-            names = [name.format(tower=program) for name in TOWER_SOURCES] + GROUND_SOURCES
-        sources = [CSRC.parent / name for name in names]
         binary = folder / f"{program}_{sanitizer}"
-        targets = [Path(f"{binary}_{source.stem}.o") for source in sources]
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, sources, [sanitizer] * len(sources), targets))
-        shown = call(["g++", *SANITIZERS[sanitizer], *map(str, objects), "-o", str(binary)])
-        assert shown.returncode == 0, shown.stdout
+        if binary not in programs:
+            names = ["tests/cuda_on_cpu/faults.cpp"]
+            if program != "faults":
+                names = [name.format(tower=program) for name in TOWER_SOURCES] + GROUND_SOURCES
+            compile_one = ["g++", *FLAGS, *SANITIZERS[sanitizer], "-c", "-x", "c++"]
+            programs[binary] = [
+                pool.submit(call, [*compile_one, str(CSRC.parent / name), "-o", f"{binary}_{i}.o"])
+                for i, name in enumerate(names)
+            ]
+        for source in programs[binary]:
+            assert source.result().returncode == 0, source.result().stdout
+        if not binary.exists():
+            objects = [f"{binary}_{i}.o" for i in range(len(programs[binary]))]
+            shown = call(["g++", *SANITIZERS[sanitizer], *objects, "-o", str(binary)])
+            assert shown.returncode == 0, shown.stdout
         return binary
 
-    return compile_program
+    with ThreadPoolExecutor(2) as pool:
+        yield compile_program
 
 
 @functools.cache
