@@ -7,12 +7,6 @@
 #pragma once
 #include "../formulas.h"
 
-#if defined(__CUDACC__)
-#define WGAN_EXT_FORMULA __host__ __device__ __forceinline__
-#else
-#define WGAN_EXT_FORMULA inline __attribute__((always_inline))
-#endif
-
 namespace wgan_ext::sinkhorn {
 
 // What a pass sums over its rows, a being their weights, omega the proposed relaxation and h the fresh softmin.
