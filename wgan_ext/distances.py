@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import accumulation_dtype, check_floating, values_are_checked
+from ._checks import accumulation_dtype, check_floating, check_number, values_are_checked
 
 __all__ = ["js_divergence", "wasserstein_1d"]
 
@@ -74,7 +74,9 @@ def wasserstein_1d(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | No
             p < 1 or not finite; on a CPU, points that are not finite, weights that are negative, not finite or all 0.
         TypeError: arguments are not floating-point tensors of one dtype.
     """
-    check_floating("wasserstein_1d", x=x, y=y, a=a, b=b)
+    weights = {name: weight for name, weight in (("a", a), ("b", b)) if weight is not None}
+    check_floating("wasserstein_1d", x=x, y=y, **weights)
+    check_number("wasserstein_1d", "p", p)
     if not 1 <= p < math.inf:
         raise ValueError(f"wasserstein_1d: p must be finite and at least 1, got {p}")
     for name, points in (("x", x), ("y", y)):
@@ -82,11 +84,12 @@ def wasserstein_1d(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | No
             raise ValueError(
                 f"wasserstein_1d: {name} must have points in its last dimension, got shape {tuple(points.shape)}"
             )
-    for name, weights, points_name, points in (("a", a, "x", x), ("b", b, "y", y)):
-        if weights is not None and (weights.dim() == 0 or weights.shape[-1] != points.shape[-1]):
+    for name, weight in weights.items():
+        points_name, points = ("x", x) if name == "a" else ("y", y)
+        if weight.dim() == 0 or weight.shape[-1] != points.shape[-1]:
             raise ValueError(
                 f"wasserstein_1d: {name} must have one weight for each point of {points_name} {tuple(points.shape)}, "
-                f"got shape {tuple(weights.shape)}"
+                f"got shape {tuple(weight.shape)}"
             )
     batch = _broadcast_batch("wasserstein_1d", "x", x, "y", y, "a", a, "b", b)
     x, y = x.to(accumulation_dtype(x.dtype)), y.to(accumulation_dtype(y.dtype))

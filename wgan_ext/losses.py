@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import accumulation_dtype, check_floating
+from ._checks import accumulation_dtype, check_floating, check_module, check_number
 
 __all__ = ["clip_weights_", "critic_loss", "gan_critic_loss", "gan_generator_loss", "generator_loss"]
 
@@ -82,6 +82,8 @@ def clip_weights_(module: nn.Module, c: float) -> None:
         ValueError: ``c`` is not positive and finite, or a weight is computed from other parameters (spectral or weight
             norm, pruning, any parametrization): clamping those would not bound the weight that the critic uses.
     """
+    check_module("clip_weights_", "module", module)
+    check_number("clip_weights_", "c", c)
     if not 0 < c < math.inf:
         raise ValueError(f"clip_weights_: c must be positive and finite, got {c}")
     for path, child in module.named_modules():

@@ -8,11 +8,12 @@ convergence (Thibault, Chizat, Dossal and Papadakis 2021), each relaxed update a
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from . import _ops
+from ._checks import check_device, check_floating, check_floating_tensor, check_number, check_type
 
 __all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_divergence"]
 
@@ -68,7 +69,14 @@ def sinkhorn(
     Raises ValueError for shapes, options, and (on the CPU) weights that are negative or of unequal sum and points that
     are not finite; TypeError for dtypes; NotImplementedError for a second derivative.
     """
-    factor = None if relaxation == "auto" else relaxation
+    factor = _check("sinkhorn", x, y, a, b, epsilon, scaling, tol, max_iter, relaxation)
+    if init is not None:
+        check_type("sinkhorn", "init", init, (tuple, list), "a pair of tensors")
+        if len(init) != 2:
+            raise ValueError(f"sinkhorn: init must hold both potentials, f and g, got {len(init)} values")
+        for name, potential in zip(("init f", "init g"), init, strict=True):
+            check_floating_tensor("sinkhorn", name, potential)
+            check_device("sinkhorn", name, potential, "x", x)
     f, g = (None, None) if init is None else init
     value, f, g, _, _, marginal_error, iterations, converged, used = _ops.sinkhorn(
         x, y, a, b, cost, epsilon, scaling, tol, max_iter, factor, f, g
@@ -95,6 +103,40 @@ def sinkhorn_divergence(
     bit, gradient included, when the two clouds are equal; a cloud and its translate by t are |t|^2 apart (squared
     cost). It is not negative at convergence; stopped at ``tol`` it can fall below zero by the error of its terms.
     """
-    factor = None if relaxation == "auto" else relaxation
+    factor = _check("sinkhorn_divergence", x, y, a, b, epsilon, scaling, tol, max_iter, relaxation)
     value: Tensor = _ops.sinkhorn_divergence(x, y, a, b, cost, epsilon, scaling, tol, max_iter, factor)[0]
     return value
+
+
+def _check(
+    function: str,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    epsilon: float | None,
+    scaling: float | None,
+    tol: float,
+    max_iter: int,
+    relaxation: Any,
+) -> float | None:
+    """Check types and devices; shapes and values are checked in csrc. Returns the factor of relaxation, None for auto.
+
+    A tensor on the meta device would lead the dispatcher past the checks in csrc.
+    """
+    check_floating(function, x=x, y=y)
+    for name, weight in (("a", a), ("b", b)):
+        if weight is not None:
+            check_floating_tensor(function, name, weight)
+            check_device(function, name, weight, "x", x)
+    for name, value in (("epsilon", epsilon), ("scaling", scaling), ("tol", tol)):
+        if value is not None or name == "tol":
+            check_number(function, name, value)
+    check_type(function, "max_iter", max_iter, int, "an integer")
+    if relaxation == "auto":
+        return None
+    if isinstance(relaxation, str):
+        raise ValueError(f'{function}: relaxation must be "auto" or in [1, 2), got {relaxation!r}')
+    check_number(function, "relaxation", relaxation)
+    factor: float = relaxation
+    return factor

@@ -6,6 +6,7 @@ Miyato et al., Spectral Normalization for Generative Adversarial Networks (arXiv
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook as _To
 from torch.nn.utils.spectral_norm import remove_spectral_norm as _torch_remove
 
 from . import _ops
+from ._checks import check_count, check_module, check_number, check_type
 
 __all__ = ["remove_spectral_norm", "spectral_norm"]
 
@@ -127,10 +129,22 @@ def spectral_norm(
     Raises:
         KeyError: the module has no such parameter.
         RuntimeError: the parameter is normalized already.
-        ValueError: the parameter is None or uninitialized, or ``n_power_iterations`` is not positive.
+        ValueError: the parameter is None or uninitialized, ``n_power_iterations`` is not positive, or ``eps`` is
+            negative or not finite.
+        TypeError: an argument is of another type.
         NotImplementedError: the weight is complex (torch would use the transpose, not the adjoint).
         IndexError: ``dim`` is out of range.
     """
+    check_module("spectral_norm", "module", module)
+    check_type("spectral_norm", "name", name, str, "a string")
+    if name not in module._parameters and name + "_orig" not in module._parameters:
+        raise KeyError(f"spectral_norm: name must be a parameter of the module, got {name!r}")
+    check_count("spectral_norm", "n_power_iterations", n_power_iterations)
+    check_number("spectral_norm", "eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"spectral_norm: eps must be finite and not negative, got {eps}")
+    if dim is not None:
+        check_type("spectral_norm", "dim", dim, int, "an integer")
     if dim is None:
         dim = 1 if isinstance(module, _TRANSPOSED) else 0
     weight = module._parameters.get(name)
@@ -155,6 +169,7 @@ def remove_spectral_norm(module: M, name: str = "weight") -> M:
     Raises:
         ValueError: the parameter is not normalized.
     """
+    check_module("remove_spectral_norm", "module", module)
     _torch_remove(module, name)
     for key, hook in module._load_state_dict_pre_hooks.items():
         load_hook = getattr(hook, "hook", hook)
