@@ -11,7 +11,7 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -22,6 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from . import _ops
+from ._checks import check_batch, check_type
 
 __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
 
@@ -79,6 +80,9 @@ def input_gradient(
     zeros; a critic with smooth layers takes autograd and keeps its second derivative in x. Under ``no_grad`` only the
     value is computed. Neither ``x.requires_grad`` nor ``x.grad`` is touched.
 
+    NaN in x is not looked for: smooth layers turn it into NaN, but in a piecewise-linear critic it only decides signs,
+    and the gradient there is finite, as autograd's can be too. The scores are NaN then, and so is a loss that has them.
+
     The analytic engine does not call ``critic.forward``: it runs spectral- and weight-norm hooks and reads each
     parametrized weight once, as one forward would. Under autocast its products run in autocast's dtype, and on a CPU
     in float32.
@@ -110,23 +114,19 @@ def explain(critic: Critic, x: Inputs) -> CriticPlan:
     """Return the plan by which the input gradient of the critic at x would be computed, without computing anything.
 
     Nothing is evaluated: spectral norm's vectors u and v stay as they are.
+
+    Raises:
+        TypeError, ValueError: the critic is not callable, or x not a floating-point batch or a structure of such.
+        NotImplementedError: the critic is wrapped for data-parallel training; see ``input_gradient``.
     """
+    for t in tensors_of("explain", "x", x):
+        check_batch("explain", "x", t)
     trace = _trace(_unwrap("explain", critic), single=isinstance(x, Tensor), extra_arguments=False)
     layers = tuple(
         LayerPlan(name, _describe(module), "autograd" if obstacle else "analytic", obstacle)
         for name, module, obstacle in trace.layers
     )
     return CriticPlan("autograd" if trace.obstacle else "analytic", trace.obstacle, layers)
-
-
-def check_batch(op: str, name: str, x: Tensor) -> None:
-    """Raise unless x is a floating-point batch of at least one sample."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: {name} must be a floating-point tensor, got {x.dtype}")
-    if x.dim() == 0 or x.shape[0] == 0:
-        raise ValueError(f"{op}: {name} must hold at least one sample in dimension 0, got shape {tuple(x.shape)}")
 
 
 def critic_gradients(
@@ -143,8 +143,9 @@ def critic_gradients(
 
     ``mean_outputs`` averages a sample's outputs instead. The analytic engine returns float32 for 16-bit inputs.
     """
-    if engine not in ("auto", "analytic", "autograd"):
-        raise ValueError(f'{op}: engine must be "auto", "analytic" or "autograd", got {engine!r}')
+    check_engine(op, engine)
+    check_type(op, "critic_args", critic_args, (tuple, list), "a tuple or list")
+    check_type(op, "critic_kwargs", critic_kwargs or {}, Mapping, "a mapping")
     critic = _unwrap(op, critic)
     if engine != "autograd":
         extra_arguments = bool(critic_args or critic_kwargs)
@@ -159,6 +160,12 @@ def critic_gradients(
             "wgan_ext.explain(critic, x) says why"
         )
     return _double_backward(op, critic, x, critic_args, critic_kwargs or {}, mean_outputs)
+
+
+def check_engine(op: str, engine: str) -> None:
+    """Raise ValueError unless there is such an engine."""
+    if engine not in get_args(Engine):
+        raise ValueError(f'{op}: engine must be "auto", "analytic" or "autograd", got {engine!r}')
 
 
 def _unwrap(op: str, critic: Critic) -> Critic:
@@ -401,12 +408,15 @@ def _check_scores(op: str, scores: object, batch: int) -> None:
             f"{op}: the critic must return one score, or one map of scores, for each of the {batch} samples, "
             f"got shape {tuple(scores.shape)}"
         )
+    if scores.numel() == 0:
+        raise ValueError(f"{op}: the critic must return at least one score a sample, got shape {tuple(scores.shape)}")
     if not scores.requires_grad:
         raise ValueError(f"{op}: the critic's scores do not depend on its input")
 
 
-def tensors_of(x: Inputs) -> list[Tensor]:
-    """The tensors of a structure that map_tensors takes, in order."""
+def tensors_of(op: str, name: str, x: Inputs) -> list[Tensor]:
+    """The tensors of a structure that map_tensors takes, in order; raises TypeError for anything else."""
+    check_type(op, name, x, (Tensor, tuple, list, Mapping), "a tensor, or a tuple, list or dict of tensors")
     if isinstance(x, Tensor):
         return [x]
     return list(x.values()) if isinstance(x, Mapping) else list(x)

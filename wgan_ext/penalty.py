@@ -9,8 +9,16 @@ from typing import Any, Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from ._checks import accumulation_dtype
-from .critic import Critic, Engine, Inputs, check_batch, critic_gradients, map_tensors, tensors_of
+from ._checks import (
+    accumulation_dtype,
+    check_batch,
+    check_count,
+    check_device,
+    check_floating_tensor,
+    check_number,
+    check_type,
+)
+from .critic import Critic, Engine, Inputs, check_engine, critic_gradients, map_tensors, tensors_of
 
 __all__ = ["GradientPenalty", "gradient_penalty"]
 
@@ -88,7 +96,8 @@ def gradient_penalty(
     Unweighted: ``loss = fake_scores.mean() - real_scores.mean() + 10 * gradient_penalty(critic, real, fake)`` is
     WGAN-GP (Gulrajani et al. 2017, eq. 3). Differentiable with respect to the critic's parameters, once by the analytic
     engine (see ``input_gradient``) and as often as the critic by autograd; real and fake are detached. A gradient that
-    is 0 gets the subgradient 0.
+    is 0 gets the subgradient 0. NaN in the inputs is not looked for, and a piecewise-linear critic can give it a finite
+    penalty: it shows in the scores (see ``input_gradient``).
 
     Args:
         critic: A map from a batch to as many scores, or maps of scores; see ``input_gradient``.
@@ -165,8 +174,8 @@ class GradientPenalty(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(at, target, power, p, reduction, output_reduction)
-        if every < 1:
-            raise ValueError(f"GradientPenalty: every must be at least 1, got {every}")
+        check_engine("GradientPenalty", engine)
+        check_count("GradientPenalty", "every", every)
         self.options: dict[str, Any] = {
             "at": at,
             "target": target,
@@ -244,6 +253,8 @@ def _check_options(
     ):
         if value not in choices:
             raise ValueError(f"gradient_penalty: {name} must be one of {', '.join(choices)}, got {value!r}")
+    for name, number in (("target", 0 if target is None else target), ("power", power), ("p", p)):
+        check_number("gradient_penalty", name, number)
     if target is not None and not 0 <= target < math.inf:
         raise ValueError(f"gradient_penalty: target must be a finite norm, at least 0, got {target}")
     if not 1 <= power < math.inf:
@@ -262,7 +273,7 @@ def _first_batch(name: str, x: Inputs | None) -> Tensor:
     """Check that x is a batch, or several of one size, and return the first."""
     if x is None:
         raise ValueError(f"gradient_penalty: {name} is needed, got None")
-    tensors = tensors_of(x)
+    tensors = tensors_of("gradient_penalty", name, x)
     if not tensors:
         raise ValueError(f"gradient_penalty: {name} must hold at least one tensor, got an empty {type(x).__name__}")
     for t in tensors:
@@ -279,6 +290,8 @@ def _points(
     at: Points, real: Inputs | None, fake: Inputs | None, mix: Tensor | None, generator: torch.Generator | None
 ) -> Any:
     """Where the gradient is taken, detached."""
+    if generator is not None:
+        check_type("gradient_penalty", "generator", generator, torch.Generator, "a torch.Generator")
     if at == "real" or at == "fake":
         x = real if at == "real" else fake
         _first_batch(at, x)
@@ -307,24 +320,34 @@ def _points(
 
 
 def _check_alike(real: Any, fake: Any) -> None:
-    if type(real) is not type(fake) and not (isinstance(real, Tensor) and isinstance(fake, Tensor)):
-        raise TypeError(
-            f"gradient_penalty: fake must have the structure of real ({type(real).__name__}), got {type(fake).__name__}"
-        )
-    if isinstance(real, Mapping) and list(real) != list(fake):
-        raise ValueError(f"gradient_penalty: fake must have the keys of real ({list(real)}), got {list(fake)}")
-    reals, fakes = tensors_of(real), tensors_of(fake)
-    if len(reals) != len(fakes):
-        raise ValueError(f"gradient_penalty: fake must hold as many tensors as real ({len(reals)}), got {len(fakes)}")
-    for r, f in zip(reals, fakes, strict=True):
+    """Raise unless fake is what real is, but for its values."""
+    for r, f in _pairs(real, "fake", fake):
         if r.shape != f.shape:
             raise ValueError(
                 f"gradient_penalty: fake must have the shape of real {tuple(r.shape)}, got {tuple(f.shape)}"
             )
         if r.dtype != f.dtype:
             raise TypeError(f"gradient_penalty: fake must have the dtype of real ({r.dtype}), got {f.dtype}")
-        if r.device != f.device:
-            raise ValueError(f"gradient_penalty: fake must be on the device of real ({r.device}), got {f.device}")
+        check_device("gradient_penalty", "fake", f, "real", r)
+
+
+def _pairs(real: Inputs, name: str, other: Inputs) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of real, each beside that of other; raises unless they are structured alike."""
+    reals, others = tensors_of("gradient_penalty", "real", real), tensors_of("gradient_penalty", name, other)
+    if type(real) is not type(other) and not (isinstance(real, Tensor) and isinstance(other, Tensor)):
+        raise TypeError(
+            f"gradient_penalty: {name} must have the structure of real ({type(real).__name__}), "
+            f"got {type(other).__name__}"
+        )
+    if isinstance(real, Mapping) and isinstance(other, Mapping):
+        if real.keys() != other.keys():
+            raise ValueError(f"gradient_penalty: {name} must have the keys of real ({list(real)}), got {list(other)}")
+        others = [other[key] for key in real]
+    if len(reals) != len(others):
+        raise ValueError(
+            f"gradient_penalty: {name} must hold as many tensors as real ({len(reals)}), got {len(others)}"
+        )
+    return list(zip(reals, others, strict=True))
 
 
 def _factors(first: Tensor, mix: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -336,33 +359,26 @@ def _factors(first: Tensor, mix: Tensor | None, generator: torch.Generator | Non
                 "gradient_penalty: torch.compile cannot draw from a generator; draw mix outside and pass it"
             )
         return torch.rand(batch, generator=generator, device=first.device)
-    if not isinstance(mix, Tensor) or not mix.is_floating_point():
-        got = mix.dtype if isinstance(mix, Tensor) else type(mix).__name__
-        raise TypeError(f"gradient_penalty: mix must be a floating-point tensor, got {got}")
+    check_floating_tensor("gradient_penalty", "mix", mix)
     if mix.dim() == 0 or mix.shape[0] != batch or mix.numel() != batch:
         raise ValueError(
             f"gradient_penalty: mix must have shape [B, 1, ..., 1] with B = {batch}, got {tuple(mix.shape)}"
         )
-    if mix.device != first.device:
-        raise ValueError(f"gradient_penalty: mix must be on the device of real ({first.device}), got {mix.device}")
+    check_device("gradient_penalty", "mix", mix, "real", first)
     return mix.detach().reshape(batch)
 
 
-def _masked(gradients: list[Tensor], points: Any, mask: Any) -> list[Tensor]:
-    masks = tensors_of(mask)
-    if len(masks) != len(gradients):
-        raise ValueError(
-            f"gradient_penalty: mask must be structured as real ({len(gradients)} tensors), got {len(masks)}"
-        )
-    for x, m in zip(tensors_of(points), masks, strict=True):
-        if m.device != x.device:
-            raise ValueError(f"gradient_penalty: mask must be on the device of real ({x.device}), got {m.device}")
+def _masked(gradients: list[Tensor], points: Inputs, mask: Inputs) -> list[Tensor]:
+    pairs = _pairs(points, "mask", mask)
+    for x, m in pairs:
+        check_type("gradient_penalty", "mask", m, Tensor, "a tensor")
+        check_device("gradient_penalty", "mask", m, "real", x)
         if m.dim() > x.dim() or any(n not in (1, size) for n, size in zip(m.shape[::-1], x.shape[::-1], strict=False)):
             raise ValueError(
                 f"gradient_penalty: mask must be broadcastable to the shape of real {tuple(x.shape)}, "
                 f"got {tuple(m.shape)}"
             )
-    return [g * m.detach().to(accumulation_dtype(g.dtype)) for g, m in zip(gradients, masks, strict=True)]
+    return [g * m.detach().to(accumulation_dtype(g.dtype)) for g, (_, m) in zip(gradients, pairs, strict=True)]
 
 
 def _norms(gradients: list[Tensor], p: float) -> Tensor:
