@@ -1,11 +1,13 @@
-# `make train` and `make test` set up what they need: the Python at hand serves if it has torch and the tools listed in
+# `make train` and `make test` set up what they need: the Python at hand serves if it has torch 2.11 and what is listed in
 # WANTED, so that a CUDA machine without network works; otherwise .venv is made and requirements.txt installed in it.
 PYTHON ?= python3
 VENV := .venv
 
 WANTED := torch numpy setuptools ninja sklearn matplotlib tqdm pytest pytest_benchmark hypothesis scipy
 LINTERS := ruff mypy clang_format
-has = $(shell $(PYTHON) -c "import sys; from importlib.util import find_spec; print('yes' if all(map(find_spec, sys.argv[1:])) else 'no')" $(1))
+has = $(shell $(PYTHON) -c "import sys; from importlib.metadata import version; from importlib.util import find_spec; \
+  found = all(map(find_spec, sys.argv[1:])) and tuple(map(int, version('torch').split('.')[:2])) >= (2, 11); \
+  print('yes' if found else 'no')" $(1))
 
 ifneq ($(wildcard $(VENV)/installed),)
   PY := $(VENV)/bin/python
