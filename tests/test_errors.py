@@ -50,7 +50,7 @@ def of_transport() -> list[Row]:
         (lambda f: f(5, X), TypeError, "x must be a tensor, got int"),
         (lambda f: f(X, None), TypeError, "y must be a tensor, got NoneType"),
         (lambda f: f(X.int(), X), TypeError, "x must be a floating-point tensor, got torch.int32"),
-        (lambda f: f(X, X.double()), TypeError, r"y must have the dtype of x \(torch.float32\), got torch.float64"),
+        (lambda f: f(X, X.double()), TypeError, r"y must have the dtype of x \(Float\), got Double"),
         (lambda f: f(X, META), ValueError, r"y must be on the device of x \(cpu\), got meta"),
         (lambda f: f(X, X, a=5), TypeError, "a must be a tensor, got int"),
         (lambda f: f(X, X, b=WEIGHTS.to("meta")), ValueError, r"b must be on the device of x \(cpu\), got meta"),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from . import _ops
-from ._checks import check_device, check_floating, check_floating_tensor, check_number, check_type
+from ._checks import check_device, check_floating_tensor, check_number, check_type
 
 __all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_divergence"]
 
@@ -120,11 +120,13 @@ def _check(
     max_iter: int,
     relaxation: Any,
 ) -> float | None:
-    """Check types and devices; shapes and values are checked in csrc. Returns the factor of relaxation, None for auto.
+    """Check types and devices; csrc checks dtypes (after autocast), shapes and values. None for a relaxation of "auto".
 
     A tensor on the meta device would lead the dispatcher past the checks in csrc.
     """
-    check_floating(function, x=x, y=y)
+    check_floating_tensor(function, "x", x)
+    check_floating_tensor(function, "y", y)
+    check_device(function, "y", y, "x", x)
     for name, weight in (("a", a), ("b", b)):
         if weight is not None:
             check_floating_tensor(function, name, weight)
