@@ -3,7 +3,7 @@
     python benchmarks/report.py benchmarks/results/*.json    # print tables
     python benchmarks/report.py --run                        # measure, keep the JSON, print
     python benchmarks/report.py --run -k spectral            # what follows goes to pytest; JSON is not kept
-    python benchmarks/report.py --write FILE...              # and put the tables between the markers in README.md
+    python benchmarks/report.py --write FILE...              # and put the tables into docs/performance.md
 
 A cell is the median time of a call, half its interquartile range in percent, and the time as a multiple of wgan_ext's.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "performance.md"
 MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 OURS = "wgan_ext"
 
@@ -86,10 +86,10 @@ def render(tables: Tables) -> str:
 
 
 def write(text: str) -> None:
-    """Replace what stands between the markers of README.md."""
-    before, rest = README.read_text().split(MARKERS[0])
+    """Replace what stands between the markers of docs/performance.md."""
+    before, rest = PAGE.read_text().split(MARKERS[0])
     _, after = rest.split(MARKERS[1])
-    README.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
+    PAGE.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
 
 
 def measure(pytest_options: list[str]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="JSON files of pytest-benchmark")
     parser.add_argument("--run", action="store_true", help="measure first; what follows goes to pytest")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     arguments = sys.argv[1:]
     split = arguments.index("--run") + 1 if "--run" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])

@@ -64,13 +64,13 @@ def test_tables_hold_times_and_ratios(report: ModuleType) -> None:
 def test_write_replaces_what_is_between_the_markers(
     report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "machine.json"
-    readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
+    page, results = tmp_path / "performance.md", tmp_path / "machine.json"
+    page.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
     results.write_text(json.dumps(run(norm_a={"wgan_ext": (1, 1)})))
-    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "PAGE", page)
     monkeypatch.setattr(sys, "argv", ["report.py", "--write", str(results)])
     report.main()
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n<!-- benchmarks -->\nP (2 threads")
     assert text.endswith("\n<!-- /benchmarks -->\nafter\n")
     assert "old" not in text
