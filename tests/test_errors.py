@@ -18,6 +18,8 @@ META = X.to("meta")
 NAN, INFINITE = torch.full_like(X, math.nan), torch.full_like(X, math.inf)
 WEIGHTS = torch.full((4,), 0.25)
 CRITIC = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+SCORELESS = nn.Linear(3, 1, bias=False)
+SCORELESS.weight = nn.Parameter(torch.empty(0, 3))
 SMOOTH = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
@@ -104,6 +106,11 @@ ROWS: dict[str, list[Row]] = {
     "input_gradient": [
         *of_critics(lambda f, critic: f(critic, X)),
         (lambda f: f(CRITIC, 5), TypeError, "x must be a tensor, got int"),
+        (
+            lambda f: f(SCORELESS, X),
+            ValueError,
+            r"the critic must return at least one score a sample, got shape \[4, 0\]",
+        ),
         (lambda f: f(CRITIC, X.int()), TypeError, "x must be a floating-point tensor, got torch.int32"),
         (lambda f: f(CRITIC, X.cfloat()), TypeError, "x must be a floating-point tensor, got torch.complex64"),
         (lambda f: f(CRITIC, X[0, 0]), ValueError, r"x must hold at least one sample .*, got shape \(\)"),

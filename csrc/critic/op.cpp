@@ -378,6 +378,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> input_gradient_forw
   enter_parameters(frame, critic);
   const std::vector<Tensor> signs = forward_signs(frame, critic, x, shapes);
 
+  TORCH_CHECK_VALUE(product(shapes.back()) > 0 || x.numel() == 0, kOp,
+                    ": the critic must return at least one score a sample, got shape ", IntArrayRef(shapes.back()));
   const Shape outputs = one_sample(shapes.back());
   Tensor u = frame.arrange(at::full(outputs, mean_outputs ? 1.0 / product(outputs) : 1.0, frame.options));
   std::vector<Tensor> chain(critic.weights);
