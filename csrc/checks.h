@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
+
 namespace wgan_ext {
 
 inline void check_floating(const char* op, const char* name, const at::Tensor& t) {
