@@ -54,9 +54,9 @@ struct Entry<Result(Args...)> {
 TORCH_LIBRARY(wgan_ext, m) {
   // clang-format off
   // critic
-  m.def("critic_input_gradient(Tensor x, Tensor[] parameters, int[] program, float[] slopes, bool mean_outputs, ScalarType compute_dtype, bool channels_last) -> Tensor");
-  m.def("critic_input_gradient_forward(Tensor x, Tensor[] parameters, int[] program, float[] slopes, bool mean_outputs, ScalarType compute_dtype, bool channels_last) -> (Tensor grad, Tensor[] signs, Tensor[] chain)");
-  m.def("critic_input_gradient_backward(Tensor grad, Tensor[] parameters, Tensor[] signs, Tensor[] chain, int[] program, float[] slopes, ScalarType compute_dtype, bool channels_last, int[] wanted) -> Tensor[]");
+  m.def("critic(Tensor[] x, Tensor[] parameters, int[] program, float[] scalars, bool mean_outputs, int scored, int first, int count, ScalarType compute_dtype, bool channels_last) -> (Tensor scores, Tensor[] gradients)");
+  m.def("critic_forward(Tensor[] x, Tensor[] parameters, int[] program, float[] scalars, bool mean_outputs, int scored, int first, int count, ScalarType compute_dtype, bool channels_last) -> (Tensor scores, Tensor[] gradients, Tensor[] kept)");
+  m.def("critic_backward(Tensor? grad_scores, Tensor[] grad_gradients, Tensor[] x, Tensor[] parameters, Tensor[] kept, int[] program, float[] scalars, int scored, int first, int count, ScalarType compute_dtype, bool channels_last, int[] wanted, bool of_x) -> Tensor[]");
   // spectral
   m.def("spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor weight, Tensor u, Tensor v, Tensor sigma)");
   m.def("spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim) -> Tensor");
@@ -71,8 +71,9 @@ TORCH_LIBRARY(wgan_ext, m) {
 
 PYBIND11_MODULE(_C, m) {
   // critic
-  Entry<Tensor(const Tensor&, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool, at::ScalarType, bool)>::bind(
-      m, "critic_input_gradient");
+  Entry<std::tuple<Tensor, std::vector<Tensor>>(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
+                                                bool, int64_t, int64_t, int64_t, at::ScalarType, bool)>::bind(m,
+                                                                                                              "critic");
   // spectral
   Entry<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
                                                    double, bool)>::bind(m, "spectral_norm");

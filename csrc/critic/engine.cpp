@@ -1,0 +1,331 @@
+#define AT_PER_OPERATOR_HEADERS  // before ATen/TensorOperators.h, which else includes every operator
+#include "engine.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/util/irange.h>
+
+#include <cmath>
+
+namespace wgan_ext::critic {
+namespace {
+
+// Adds t to sum, in place where the sum's memory is ours alone.
+void accumulate(Tensor& sum, Tensor t) {
+  if (!t.defined()) return;
+  if (!sum.defined())
+    sum = std::move(t);
+  else if (ours(sum) && sum.sizes() == t.sizes() && sum.is_non_overlapping_and_dense())
+    sum.add_(t);
+  else
+    sum = sum + t;
+}
+
+Tensor take(Tensor& t) { return std::exchange(t, Tensor()); }
+
+at::ScalarType result_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// A uniform gradient as a whole batch, for layers that differ from sample to sample.
+Tensor for_layer(const Layer& layer, Tensor u, int64_t count) {
+  if (u.size(0) == count || layer.takes_uniform()) return u;
+  Shape shape = u.sizes().vec();
+  shape[0] = count;
+  return u.expand(shape);
+}
+
+}  // namespace
+
+Engine::Engine(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars, int64_t scored,
+               Rows points, at::ScalarType compute_dtype, bool channels_last)
+    : x_(x),
+      given_(parameters),
+      program_(x, parameters, program, scalars),
+      frame_(x[0], parameters, compute_dtype, channels_last),
+      scored_{0, scored, points.total},
+      points_(points) {
+  analyse();
+  tape_.values.resize(program_.values());
+  tape_.gradients.resize(program_.values());
+  tape_.extras.resize(program_.layers.size());
+}
+
+void Engine::analyse() {
+  const size_t layers = program_.layers.size();
+  std::vector<bool> used(program_.values()), needed(program_.values());
+  runs_.assign(layers, false);
+  keeps_value_.assign(program_.values(), false);
+  keeps_gradient_.assign(program_.values(), false);
+  used.back() = true;
+  needed.back() = scored_.count > 0;
+  for (size_t i = layers; i-- > 0;) {
+    const Layer& layer = *program_.layers[i];
+    const auto value = program_.inputs + static_cast<int64_t>(i);
+    if (!used[value]) continue;
+    const bool moving = program_.moving[value], weighed = layer.weight() >= 0 && (scored_.count || program_.curved);
+    keeps_gradient_[value] = (layer.weight() >= 0 && moving) || (layer.curved() && moving) ||
+                             (scored_.count && (layer.weight() >= 0 || layer.bias() >= 0));
+    for (const int64_t input : layer.inputs) {
+      used[input] = true;
+      if (weighed || (layer.keeps_inputs() && (moving || program_.curved))) keeps_value_[input] = true;
+      needed[input] = needed[input] || keeps_value_[input];
+    }
+    runs_[i] = needed[value] || (layer.extras() && (moving || program_.curved));
+    if (runs_[i])
+      for (const int64_t input : layer.inputs) needed[input] = true;
+  }
+}
+
+Kept Engine::kept(const Layer& layer, size_t index, Rows rows) const {
+  Kept result{rows, {}, {}};
+  if (layer.keeps_inputs())
+    for (const int64_t input : layer.inputs) result.inputs.push_back(rows.of(tape_.values[input]));
+  for (const Tensor& extra : tape_.extras[index]) result.extras.push_back(rows.of(extra));
+  return result;
+}
+
+Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
+  const Rows all = Rows::all(points_.total);
+  Tensors values(program_.values());
+  std::vector<int64_t> uses(program_.values());
+  for (const auto i : c10::irange(program_.layers.size()))
+    if (runs_[i])
+      for (const int64_t input : program_.layers[i]->inputs) ++uses[input];
+  const auto store = [&](int64_t value, Tensor t) {
+    if (keeps_value_[value]) tape_.values[value] = t;
+    values[value] = std::move(t);
+  };
+  for (const auto i : c10::irange(x.size())) store(static_cast<int64_t>(i), frame_.enter(x[i]));
+  for (const auto i : c10::irange(program_.layers.size())) {
+    if (!runs_[i]) continue;
+    const Layer& layer = *program_.layers[i];
+    Tensors in;
+    for (const int64_t input : layer.inputs)
+      in.push_back(--uses[input] ? values[input] : take(values[input]));
+    Tensor value = layer.forward(frame_, std::move(in), all, tape_.extras[i]);
+    TORCH_CHECK_VALUE(value.sizes().slice(1) == layer.sizes, kOp, ": layer ", i, " makes samples of shape ",
+                      value.sizes().slice(1), ", where program says ", layer.sizes);
+    store(program_.inputs + static_cast<int64_t>(i), std::move(value));
+  }
+
+  Forward result;
+  if (scored_.count) {
+    const Tensor outputs = scored_.of(values.back()).reshape({scored_.count, -1}).to(result_dtype(x[0]));
+    result.scores = mean_outputs ? outputs.mean(1) : outputs.sum(1);
+  } else {
+    result.scores = at::empty({0}, x[0].options().dtype(result_dtype(x[0])));
+  }
+  values.clear();
+
+  // Above what depends on parameters u is needed where the scores are differentiated too, below only at the points.
+  const Rows above = keep && scored_.count ? all : points_;
+  Tensors& u = tape_.gradients;
+  Shape seed = program_.layers.empty() ? x[0].sizes().vec() : program_.layers.back()->sizes;
+  const double weight = mean_outputs ? 1.0 / static_cast<double>(product(seed)) : 1.0;
+  seed.insert(seed.begin(), 1);
+  u.back() = frame_.empty(seed).fill_(weight);
+  for (size_t i = program_.layers.size(); i-- > 0;) {
+    const Layer& layer = *program_.layers[i];
+    const auto value = program_.inputs + static_cast<int64_t>(i);
+    if (!u[value].defined()) continue;
+    Tensor gradient = keep && keeps_gradient_[value] ? u[value] : take(u[value]);
+    if (!program_.moving[value] && !scored_.count) continue;
+    bool shallow = true;
+    for (const int64_t input : layer.inputs) shallow = shallow && !program_.deep[input];
+    const Rows rows = shallow ? points_ : above;
+    if (rows.count != above.count) gradient = rows.of_gradient(gradient);
+    Tensors pulled = layer.pull(frame_, kept(layer, i, rows), for_layer(layer, std::move(gradient), rows.count));
+    for (const auto j : c10::irange(layer.inputs.size())) {
+      const int64_t input = layer.inputs[j];
+      if (rows.whole() && !program_.deep[input]) pulled[j] = points_.of_gradient(pulled[j]);
+      accumulate(u[input], std::move(pulled[j]));
+    }
+  }
+  for (const auto i : c10::irange(x.size())) {
+    Shape shape = x[i].sizes().vec();
+    shape[0] = points_.count;
+    const Tensor gradient = take(u[i]);
+    result.gradients.push_back(gradient.defined()
+                                   ? gradient.expand(shape).to(result_dtype(x[i])).contiguous(x[i].suggest_memory_format())
+                                   : at::zeros(shape, x[i].options().dtype(result_dtype(x[i]))));
+  }
+  return result;
+}
+
+Tensors Engine::packed() const {
+  Tensors result;
+  for (const Tensor& t : tape_.values)
+    if (t.defined()) result.push_back(t);
+  for (const auto i : c10::irange(program_.layers.size()))
+    result.insert(result.end(), tape_.extras[i].begin(), tape_.extras[i].end());
+  for (const Tensor& t : tape_.gradients)
+    if (t.defined()) result.push_back(t);
+  return result;
+}
+
+void Engine::unpack(TensorList kept) {
+  size_t next = 0;
+  const auto take = [&] {
+    TORCH_CHECK_VALUE(next < kept.size(), kOp, ": kept has too few tensors for program: ", kept.size());
+    return kept[next++];
+  };
+  for (const auto i : c10::irange(program_.values()))
+    if (keeps_value_[i]) tape_.values[i] = take();
+  for (const auto i : c10::irange(program_.layers.size()))
+    for (size_t n = runs_[i] ? program_.layers[i]->extras() : 0; n > 0; --n) tape_.extras[i].push_back(take());
+  for (const auto i : c10::irange(program_.values()))
+    if (keeps_gradient_[i]) tape_.gradients[i] = take();
+  TORCH_CHECK_VALUE(next == kept.size(), kOp, ": kept has more tensors than program uses: ", kept.size());
+}
+
+// What takes the place of a value in the product with its layer's u: c h where scored, plus v at the points.
+Tensor Engine::operand(int64_t value, const Tensor& c, const Tensor& v) const {
+  if (!c.defined()) return v;
+  const Tensor& h = tape_.values[value];
+  Shape per_row(h.dim(), 1);
+  per_row[0] = -1;
+  if (!v.defined()) return scored_.of(h) * c.view(per_row);
+  const Tensor t = frame_.empty(h.sizes());
+  Tensor top = scored_.of(t);
+  at::mul_out(top, scored_.of(h), c.view(per_row));
+  if (scored_.whole())
+    points_.of(t).add_(v);
+  else
+    points_.of(t).copy_(v);
+  return t;
+}
+
+Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted,
+                                  bool of_x) {
+  const auto values = program_.values();
+  Gradients gradients(frame_.parameters.size(), wanted);
+
+  // All is linear in the cotangents. In float16 they are carried scaled to at most about 1, lest they underflow.
+  Tensor scale, c;
+  if (frame_.options.dtype() == at::kHalf) {
+    for (const Tensor& grad : grad_gradients) {
+      const Tensor largest = at::linalg_vector_norm(grad, INFINITY);
+      scale = scale.defined() ? at::maximum(scale, largest) : largest;
+    }
+    if (grad_scores.defined()) {
+      const Tensor largest = at::linalg_vector_norm(grad_scores, INFINITY);
+      scale = scale.defined() ? at::maximum(scale, largest) : largest;
+    }
+    scale = scale.clamp(1e-30, 1e30).log2().floor().exp2();
+  }
+  const auto enter = [&](const Tensor& t) { return frame_.enter(scale.defined() ? t.div(scale) : t); };
+  if (grad_scores.defined()) c = enter(grad_scores);
+  Tensors v(values);
+  for (const auto i : c10::irange(grad_gradients.size())) v[i] = enter(grad_gradients[i]);
+
+  // Which changes are needed: for a product with a layer's u, for a bend, or for others further up.
+  std::vector<bool> needed(values), bends(values);
+  std::vector<int64_t> uses(values);
+  for (size_t i = program_.layers.size(); i-- > 0;) {
+    const Layer& layer = *program_.layers[i];
+    const auto value = program_.inputs + static_cast<int64_t>(i);
+    const bool curved = layer.curved() && keeps_gradient_[value];
+    for (const int64_t input : layer.inputs) {
+      needed[input] = needed[input] || needed[value] || curved || gradients.wants(layer.weight());
+      bends[input] = bends[input] || curved;
+      ++uses[input];
+    }
+  }
+
+  for (const auto i : c10::irange(program_.layers.size())) {
+    const Layer& layer = *program_.layers[i];
+    const auto value = program_.inputs + static_cast<int64_t>(i);
+    const Tensor& u = tape_.gradients[value];
+    Tensors changes;
+    bool changed = false;
+    for (const int64_t input : layer.inputs) {
+      changes.push_back(--uses[input] || bends[input] ? v[input] : take(v[input]));
+      changed = changed || changes.back().defined();
+    }
+    if (u.defined() && gradients.wants(layer.weight()) && (c.defined() || changed)) {
+      const Rows rows = !c.defined() ? points_ : changed ? Rows::all(points_.total) : scored_;
+      layer.weigh(frame_, kept(layer, i, rows), for_layer(layer, rows.of_gradient(u), rows.count),
+                  operand(layer.inputs[0], c, changes[0]), gradients);
+    }
+    if (u.defined() && c.defined() && gradients.wants(layer.bias()))
+      layer.shift(frame_, kept(layer, i, scored_), for_layer(layer, scored_.of_gradient(u), scored_.count), c,
+                  gradients);
+    if (changed && needed[value]) v[value] = layer.push(frame_, kept(layer, i, points_), std::move(changes));
+  }
+
+  Backward result;
+  Tensors p(values);
+  for (size_t i = program_.curved && !grad_gradients.empty() ? program_.layers.size() : 0; i-- > 0;) {
+    const Layer& layer = *program_.layers[i];
+    const auto value = program_.inputs + static_cast<int64_t>(i);
+    const Tensor above = take(p[value]);
+    Tensors pulled(layer.inputs.size());
+    if (above.defined()) {
+      if (gradients.wants(layer.weight()))
+        layer.weigh(frame_, kept(layer, i, points_), above, points_.of(tape_.values[layer.inputs[0]]), gradients);
+      if (gradients.wants(layer.bias())) layer.shift(frame_, kept(layer, i, points_), above, {}, gradients);
+      bool deeper = false;
+      for (const int64_t input : layer.inputs)
+        deeper = deeper || program_.deep[input] || (of_x && program_.moving[input]);
+      if (deeper) pulled = layer.pull(frame_, kept(layer, i, points_), above);
+    }
+    if (layer.curved() && tape_.gradients[value].defined()) {
+      Tensors changes;
+      bool changed = false;
+      for (const int64_t input : layer.inputs) {
+        changes.push_back(v[input]);
+        changed = changed || v[input].defined();
+      }
+      if (changed) {
+        const Tensor u = for_layer(layer, points_.of_gradient(tape_.gradients[value]), points_.count);
+        Tensors bent = layer.bend(frame_, kept(layer, i, points_), u, changes);
+        for (const auto j : c10::irange(bent.size())) accumulate(pulled[j], std::move(bent[j]));
+      }
+    }
+    for (const auto j : c10::irange(pulled.size())) accumulate(p[layer.inputs[j]], std::move(pulled[j]));
+  }
+
+  const auto leave = [&](Tensor t, const Tensor& model) {
+    if (!t.defined()) return at::zeros_like(model);
+    if (scale.defined()) t = t.to(scale.scalar_type()).mul_(scale);
+    return t.to(model.scalar_type()).contiguous(model.suggest_memory_format());
+  };
+  for (const int64_t i : wanted) result.parameters.push_back(leave(gradients[i], given_[i]));
+  if (of_x)
+    for (const auto i : c10::irange(x_.size())) result.x.push_back(leave(p[i], x_[i]));
+  return result;
+}
+
+bool Engine::moves(int64_t parameter) const {
+  for (const auto i : c10::irange(program_.layers.size())) {
+    const Layer& layer = *program_.layers[i];
+    const auto value = program_.inputs + static_cast<int64_t>(i);
+    if (layer.weight() == parameter && (scored_.count || program_.moving[layer.inputs[0]])) return true;
+    if (layer.bias() == parameter && scored_.count) return true;
+    if ((layer.weight() == parameter || layer.bias() == parameter) && program_.curved && program_.bent[value])
+      return true;
+  }
+  return false;
+}
+
+bool Engine::reaches(int64_t parameter) const {
+  for (const auto i : c10::irange(program_.layers.size())) {
+    const Layer& layer = *program_.layers[i];
+    if ((layer.weight() == parameter || layer.bias() == parameter) &&
+        program_.bent[program_.inputs + static_cast<int64_t>(i)])
+      return true;
+  }
+  return moves(parameter);
+}
+
+bool Engine::bends_input() const {
+  for (const auto i : c10::irange(program_.inputs))
+    if (program_.bent[i]) return true;
+  return false;
+}
+
+}  // namespace wgan_ext::critic
