@@ -7,6 +7,7 @@ stand its fake kernel and its autocast rule, which torch needs to know; checks a
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -40,6 +41,78 @@ def suggested_format(x: Tensor) -> torch.memory_format:
 
 
 # critic
+
+
+class Kind(enum.IntEnum):
+    """What a record of a critic's program computes.
+
+    A record is ``[kind, n, payload (n integers), d, size_1 .. size_d]``. It makes one value, whose shape without the
+    batch is the sizes; the critic's inputs are the values 0, 1, ..., each record makes the next, and the last is the
+    output. In a payload h, a, b number values, W, P, bias number parameters (bias -1 for none), s is the first of the
+    record's scalars, and nd is the number of spatial dimensions.
+    """
+
+    LINEAR = 0  # h, W, bias: F.linear
+    CONVOLUTION = 1  # h, W, bias, transposed, groups, stride*nd, padding*nd, dilation*nd, output_padding*nd
+    RESHAPE = 2  # h
+    PERMUTE = 3  # h, dims
+    ACTIVATION = 4  # h, function, s
+    PRELU = 5  # h, P
+    MAX_POOL = 6  # h, kernel*nd, stride*nd, padding*nd, dilation*nd, ceil
+    AVG_POOL = 7  # h, kernel*nd, stride*nd, padding*nd, ceil, count_include_pad, divisor (0: none)
+    ADAPTIVE_AVG_POOL = 8  # h
+    RESIZE = 9  # h, mode (Resize), align_corners, s: a scale factor a dimension, 0 for none
+    PAD = 10  # h, mode (Pad), s: the constant, pads (last dimension first)
+    ADD = 11  # a, b, s: a + scalars[s] b
+    CAT = 12  # dim, values
+    AFFINE = 13  # h, s: scalars[s] h + scalars[s + 1]
+    CONSTANT = 14  # P, whose dim 0 is the rows or 1
+    MULTIPLY_PARAMETER = 15  # h, P
+    SUM = 16  # h, keepdim, dims
+    MAX = 17  # h, dim, keepdim: torch.max(h, dim).values
+    MULTIPLY = 18  # a, b
+    NORMALIZE = 19  # h, k, s: (h - mean) / sqrt(var + scalars[s]) over the last k dimensions
+    NARROW = 20  # h, dim, start, length
+    EXPAND = 21  # h
+
+
+class Function(enum.IntEnum):
+    """The function of an activation, with its scalars."""
+
+    LEAKY_RELU = 0  # slope
+    HARDTANH = 1  # min, max
+    SILU = 2
+    GELU = 3
+    GELU_TANH = 4
+    SOFTPLUS = 5  # beta, threshold
+    TANH = 6
+    SIGMOID = 7
+    ELU = 8  # alpha, scale, input_scale
+    MISH = 9
+    ABS = 10
+
+
+class Resize(enum.IntEnum):
+    """The interpolation of a resize."""
+
+    NEAREST = 0
+    LINEAR = 1
+    CUBIC = 2
+
+
+class Pad(enum.IntEnum):
+    """What a pad continues the data with."""
+
+    CONSTANT = 0
+    REFLECT = 1
+    REPLICATE = 2
+    CIRCULAR = 3
+
+
+# (x, parameters, program, scalars, mean_outputs, scores, first, count, compute_dtype, channels_last)
+# -> (scores, gradients): see reference.critic. Its Meta kernel is in csrc.
+critic: Callable[..., Any] = _operator("critic") if hasattr(_C, "critic") else NotImplemented
+
 
 # The kinds of a critic's program and the integers that follow each: see csrc/critic/op.cpp.
 LINEAR, CONV2D, FLATTEN, ACTIVATION = range(4)

@@ -5,12 +5,185 @@ Tests and benchmarks call it; the library never does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ._ops import Function, Kind, Pad, Resize
 
 # critic
+
+
+def critic(
+    x: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    program: Sequence[int],
+    scalars: Sequence[float],
+    mean_outputs: bool,
+    scores: bool,
+    first: int,
+    count: int,
+    compute_dtype: torch.dtype,
+    channels_last: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """What the operator of this name computes: the scores of all rows, and their gradients at some, from a program.
+
+    Args:
+        x: The critic's inputs, each [R, ...]: the values 0, 1, ... of the program.
+        parameters: The tensors that the program names, all that does not depend on x.
+        program: The records, see ``_ops.Kind``.
+        scalars: The numbers that the program names.
+        mean_outputs: A row's outputs are averaged, not summed, to its score.
+        scores: Whether the scores are wanted.
+        first: The first row whose gradients are wanted.
+        count: Their number.
+        compute_dtype: What x and the parameters are cast to.
+        channels_last: A matter of speed.
+
+    Returns:
+        The scores, [R], or [0] if they are not wanted, and d score / d x for each x, [count, ...]; in float64 for
+        float64 x, else in float32. They can be differentiated to any order if grad mode is on.
+    """
+    dtype = torch.promote_types(x[0].dtype, torch.float32)
+    grad_mode = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x[0].device.type, enabled=False):
+        points = [t.view_as(t) if t.requires_grad and grad_mode else t.detach().clone().requires_grad_() for t in x]
+        values = [t.to(compute_dtype) for t in points]
+        effective = [t.to(compute_dtype) for t in parameters]
+        for kind, payload, sizes in _records(program):
+            value = _value(kind, payload, sizes, values, effective, scalars)
+            if list(value.shape[1:]) != sizes:
+                raise ValueError(f"{kind.name} of value {len(values)} is {list(value.shape[1:])}, not {sizes}")
+            values.append(value)
+        outputs = values[-1].reshape(len(x[0]), -1).to(dtype)
+        total = outputs.mean(1) if mean_outputs else outputs.sum(1)
+        gradients = torch.autograd.grad(total.sum(), points, create_graph=grad_mode, materialize_grads=True)
+    if not grad_mode:
+        total = total.detach()
+    return total if scores else total.detach()[:0], [g[first : first + count].to(dtype) for g in gradients]
+
+
+def _records(program: Sequence[int]) -> Iterator[tuple[Kind, list[int], list[int]]]:
+    """Each record's kind, payload and sizes."""
+    rest = list(program)
+    while rest:
+        kind, n, *rest = rest
+        payload, d, rest = rest[:n], rest[n], rest[n + 1 :]
+        yield Kind(kind), payload, rest[:d]
+        rest = rest[d:]
+
+
+def _value(
+    kind: Kind,
+    payload: list[int],
+    sizes: list[int],
+    values: list[Tensor],
+    parameters: list[Tensor],
+    scalars: Sequence[float],
+) -> Tensor:
+    """The value that one record makes."""
+    if kind == Kind.CONSTANT:
+        return parameters[payload[0]]
+    if kind == Kind.CAT:
+        dim, *numbers = payload
+        return torch.cat([values[i] for i in numbers], dim)
+    h, (_, *rest) = values[payload[0]], payload
+    nd = h.dim() - 2
+
+    def parameter(i: int) -> Tensor | None:
+        return None if i < 0 else parameters[i]
+
+    def of_dimension(name: str) -> Callable[..., Tensor]:
+        function: Callable[..., Tensor] = getattr(F, f"{name}{nd}d")
+        return function
+
+    def spatial(i: int, n: int) -> list[list[int]]:
+        """Give n lists of one integer a spatial dimension."""
+        return [rest[j : j + nd] for j in range(i, i + n * nd, nd)]
+
+    if kind == Kind.LINEAR:
+        return F.linear(h, parameters[rest[0]], parameter(rest[1]))
+    if kind == Kind.CONVOLUTION:
+        W, bias, transposed, groups = rest[:4]
+        stride, padding, dilation, output_padding = spatial(4, 4)
+        return torch.convolution(
+            h, parameters[W], parameter(bias), stride, padding, dilation, bool(transposed), output_padding, groups
+        )
+    if kind == Kind.RESHAPE:
+        return h.reshape(len(h), *sizes)
+    if kind == Kind.PERMUTE:
+        return h.permute(rest)
+    if kind == Kind.ACTIVATION:
+        return _activation(Function(rest[0]), h, scalars[rest[1] :])
+    if kind == Kind.PRELU:
+        return F.prelu(h, parameters[rest[0]].flatten())
+    if kind == Kind.MAX_POOL:
+        return of_dimension("max_pool")(h, *spatial(0, 4), ceil_mode=bool(rest[4 * nd]))
+    if kind == Kind.AVG_POOL:
+        ceil, count_include_pad, divisor = rest[3 * nd :]
+        options = [bool(ceil), bool(count_include_pad)] + ([divisor or None] if nd > 1 else [])
+        return of_dimension("avg_pool")(h, *spatial(0, 3), *options)
+    if kind == Kind.ADAPTIVE_AVG_POOL:
+        return of_dimension("adaptive_avg_pool")(h, sizes[1:])
+    if kind == Kind.RESIZE:
+        mode, align_corners, s = rest
+        name = {
+            Resize.NEAREST: f"nearest{nd}d",
+            Resize.LINEAR: ("linear1d", "bilinear2d", "trilinear3d")[nd - 1],
+            Resize.CUBIC: "bicubic2d",
+        }[Resize(mode)]
+        corners = () if mode == Resize.NEAREST else (bool(align_corners),)
+        scales = [factor or None for factor in scalars[s : s + nd]]
+        resized: Tensor = getattr(torch.ops.aten, f"upsample_{name}")(h, sizes[1:], *corners, *scales)
+        return resized
+    if kind == Kind.PAD:
+        mode, s, *pads = rest
+        constant = {"value": scalars[s]} if mode == Pad.CONSTANT else {}
+        return F.pad(h, pads, Pad(mode).name.lower(), **constant)
+    if kind == Kind.ADD:
+        return h + scalars[rest[1]] * values[rest[0]]
+    if kind == Kind.AFFINE:
+        return scalars[rest[0]] * h + scalars[rest[0] + 1]
+    if kind == Kind.MULTIPLY_PARAMETER:
+        return h * parameters[rest[0]]
+    if kind == Kind.SUM:
+        return h.sum(rest[1:], keepdim=bool(rest[0]))
+    if kind == Kind.MAX:
+        return h.max(rest[0], keepdim=bool(rest[1])).values
+    if kind == Kind.MULTIPLY:
+        return h * values[rest[0]]
+    if kind == Kind.NORMALIZE:
+        return F.layer_norm(h, h.shape[-rest[0] :], eps=scalars[rest[1]])
+    if kind == Kind.NARROW:
+        return h.narrow(*rest)
+    assert kind == Kind.EXPAND, kind
+    return h.expand(-1, *sizes)
+
+
+def _activation(function: Function, h: Tensor, scalars: Sequence[float]) -> Tensor:
+    match function:
+        case Function.LEAKY_RELU:
+            return F.leaky_relu(h, scalars[0])
+        case Function.HARDTANH:
+            return F.hardtanh(h, scalars[0], scalars[1])
+        case Function.SOFTPLUS:
+            return F.softplus(h, scalars[0], scalars[1])
+        case Function.ELU:
+            elu: Tensor = torch.ops.aten.elu(h, *scalars[:3])
+            return elu
+        case Function.GELU_TANH:
+            return F.gelu(h, approximate="tanh")
+    functions: dict[Function, Callable[[Tensor], Tensor]] = {
+        Function.SILU: F.silu,
+        Function.GELU: F.gelu,
+        Function.TANH: torch.tanh,
+        Function.SIGMOID: torch.sigmoid,
+        Function.MISH: F.mish,
+        Function.ABS: torch.abs,
+    }
+    return functions[function](h)
 
 
 def input_gradient(critic: Callable[[Tensor], Tensor], x: Tensor, output_reduction: str = "sum") -> Tensor:
