@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 # critic
-def critic_input_gradient(
-    x: Tensor,
+def critic(
+    x: Sequence[Tensor],
     parameters: Sequence[Tensor],
     program: Sequence[int],
-    slopes: Sequence[float],
+    scalars: Sequence[float],
     mean_outputs: bool,
+    scored: int,
+    first: int,
+    count: int,
     compute_dtype: torch.dtype,
     channels_last: bool,
-) -> Tensor: ...
+) -> tuple[Tensor, list[Tensor]]: ...
 
 # spectral
 def spectral_norm(

@@ -8,8 +8,7 @@ stand its fake kernel and its autocast rule, which torch needs to know; checks a
 from __future__ import annotations
 
 import enum
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -109,96 +108,9 @@ class Pad(enum.IntEnum):
     CIRCULAR = 3
 
 
-# (x, parameters, program, scalars, mean_outputs, scores, first, count, compute_dtype, channels_last)
-# -> (scores, gradients): see reference.critic. Its Meta kernel is in csrc.
-critic: Callable[..., Any] = _operator("critic") if hasattr(_C, "critic") else NotImplemented
-
-
-# The kinds of a critic's program and the integers that follow each: see csrc/critic/op.cpp.
-LINEAR, CONV2D, FLATTEN, ACTIVATION = range(4)
-_RECORD = {LINEAR: 1, CONV2D: 8, FLATTEN: 2, ACTIVATION: 0}
-
-critic_input_gradient = _operator("critic_input_gradient")
-
-
-@_register_fake("wgan_ext::critic_input_gradient")
-def _critic_input_gradient(
-    x: Tensor,
-    parameters: list[Tensor],
-    program: Sequence[int],
-    slopes: Sequence[float],
-    mean_outputs: bool,
-    compute_dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=suggested_format(x))
-
-
-@_register_fake("wgan_ext::critic_input_gradient_forward")
-def _critic_input_gradient_forward(
-    x: Tensor,
-    parameters: list[Tensor],
-    program: Sequence[int],
-    slopes: Sequence[float],
-    mean_outputs: bool,
-    compute_dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    records: list[Sequence[int]] = []
-    while program:
-        size = 1 + _RECORD[program[0]]
-        records.append(program[:size])
-        program = program[size:]
-    kinds = [record[0] for record in records]
-    last = max((i for i, kind in enumerate(kinds) if kind == ACTIVATION), default=-1)
-    remaining = iter(parameters)
-    shape, signs, chain = list(x.shape), [], []
-    for i, record in enumerate(records):
-        if record[0] in (LINEAR, CONV2D):
-            weight = next(remaining)
-            if record[1]:
-                next(remaining)
-        if record[0] == LINEAR:
-            shape = [*shape[:-1], weight.shape[0]]
-        elif record[0] == CONV2D:
-            window = [
-                (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-                for size, kernel, stride, padding, dilation in zip(
-                    shape[2:], weight.shape[2:], record[2:4], record[4:6], record[6:8], strict=True
-                )
-            ]
-            shape = [shape[0], weight.shape[0], *window]
-        elif record[0] == FLATTEN:
-            start, end = (dim % len(shape) for dim in record[1:])
-            shape = [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]]
-        else:
-            by_feature = i > 0 and kinds[i - 1] == LINEAR and len(shape) != 4
-            rows = math.prod(shape[:-1]) if by_feature else shape[0]
-            columns = shape[-1] if by_feature else math.prod(shape[1:])
-            signs.append(torch.empty(rows, (columns + 7) // 8, dtype=torch.uint8, device=x.device))
-        if record[0] in (LINEAR, CONV2D):
-            u_shape = [1, *shape[1:]] if i > last else shape
-            format = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
-            chain.append(torch.empty(u_shape, dtype=compute_dtype, device=x.device, memory_format=format))
-    grad = _critic_input_gradient(x, parameters, program, slopes, mean_outputs, compute_dtype, channels_last)
-    return grad, signs, chain
-
-
-@_register_fake("wgan_ext::critic_input_gradient_backward")
-def _critic_input_gradient_backward(
-    grad: Tensor,
-    parameters: list[Tensor],
-    signs: list[Tensor],
-    chain: list[Tensor],
-    program: Sequence[int],
-    slopes: Sequence[float],
-    compute_dtype: torch.dtype,
-    channels_last: bool,
-    wanted: Sequence[int],
-) -> list[Tensor]:
-    weights = [parameter for parameter in parameters if parameter.dim() > 1]
-    return [torch.empty_like(weights[i], memory_format=suggested_format(weights[i])) for i in wanted]
+# (x, parameters, program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last)
+# -> (scores, gradients): see reference.critic. Its fake kernel is the engine itself, on meta tensors.
+critic = _operator("critic")
 
 
 # spectral

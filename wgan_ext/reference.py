@@ -22,7 +22,7 @@ def critic(
     program: Sequence[int],
     scalars: Sequence[float],
     mean_outputs: bool,
-    scores: bool,
+    scored: int,
     first: int,
     count: int,
     compute_dtype: torch.dtype,
@@ -36,15 +36,15 @@ def critic(
         program: The records, see ``_ops.Kind``.
         scalars: The numbers that the program names.
         mean_outputs: A row's outputs are averaged, not summed, to its score.
-        scores: Whether the scores are wanted.
+        scored: The number of rows, the first ones, whose scores are wanted.
         first: The first row whose gradients are wanted.
         count: Their number.
         compute_dtype: What x and the parameters are cast to.
         channels_last: A matter of speed.
 
     Returns:
-        The scores, [R], or [0] if they are not wanted, and d score / d x for each x, [count, ...]; in float64 for
-        float64 x, else in float32. They can be differentiated to any order if grad mode is on.
+        The scores, [scored], and d score / d x for each x, [count, ...]; in float64 for float64 x, else in float32.
+        They can be differentiated to any order if grad mode is on.
     """
     dtype = torch.promote_types(x[0].dtype, torch.float32)
     grad_mode = torch.is_grad_enabled()
@@ -62,7 +62,7 @@ def critic(
         gradients = torch.autograd.grad(total.sum(), points, create_graph=grad_mode, materialize_grads=True)
     if not grad_mode:
         total = total.detach()
-    return total if scores else total.detach()[:0], [g[first : first + count].to(dtype) for g in gradients]
+    return total[:scored], [g[first : first + count].to(dtype) for g in gradients]
 
 
 def _records(program: Sequence[int]) -> Iterator[tuple[Kind, list[int], list[int]]]:

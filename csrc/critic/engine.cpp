@@ -40,8 +40,8 @@ Tensor for_layer(const Layer& layer, Tensor u, int64_t count) {
 
 }  // namespace
 
-Engine::Engine(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars, int64_t scored,
-               Rows points, at::ScalarType compute_dtype, bool channels_last)
+Engine::Engine(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars, int64_t scored, Rows points,
+               at::ScalarType compute_dtype, bool channels_last)
     : x_(x),
       given_(parameters),
       program_(x, parameters, program, scalars),
@@ -104,8 +104,7 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
     if (!runs_[i]) continue;
     const Layer& layer = *program_.layers[i];
     Tensors in;
-    for (const int64_t input : layer.inputs)
-      in.push_back(--uses[input] ? values[input] : take(values[input]));
+    for (const int64_t input : layer.inputs) in.push_back(--uses[input] ? values[input] : take(values[input]));
     Tensor value = layer.forward(frame_, std::move(in), all, tape_.extras[i]);
     TORCH_CHECK_VALUE(value.sizes().slice(1) == layer.sizes, kOp, ": layer ", i, " makes samples of shape ",
                       value.sizes().slice(1), ", where program says ", layer.sizes);
@@ -149,9 +148,9 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
     Shape shape = x[i].sizes().vec();
     shape[0] = points_.count;
     const Tensor gradient = take(u[i]);
-    result.gradients.push_back(gradient.defined()
-                                   ? gradient.expand(shape).to(result_dtype(x[i])).contiguous(x[i].suggest_memory_format())
-                                   : at::zeros(shape, x[i].options().dtype(result_dtype(x[i]))));
+    result.gradients.push_back(
+        gradient.defined() ? gradient.expand(shape).to(result_dtype(x[i])).contiguous(x[i].suggest_memory_format())
+                           : at::zeros(shape, x[i].options().dtype(result_dtype(x[i]))));
   }
   return result;
 }
@@ -199,8 +198,7 @@ Tensor Engine::operand(int64_t value, const Tensor& c, const Tensor& v) const {
   return t;
 }
 
-Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted,
-                                  bool of_x) {
+Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted, bool of_x) {
   const auto values = program_.values();
   Gradients gradients(frame_.parameters.size(), wanted);
 

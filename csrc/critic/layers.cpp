@@ -102,8 +102,8 @@ Frame::Frame(const Tensor& x, TensorList given, at::ScalarType compute_dtype, bo
 Gradients::Gradients(size_t parameters, IntArrayRef wanted)
     : sums_(parameters), wanted_(parameters), any_(!wanted.empty()) {
   for (const int64_t i : wanted) {
-    TORCH_CHECK_VALUE(i >= 0 && i < static_cast<int64_t>(parameters), kOp,
-                      ": wanted must number parameters from 0 to ", parameters, ", got ", i);
+    TORCH_CHECK_VALUE(i >= 0 && i < static_cast<int64_t>(parameters), kOp, ": wanted must number parameters from 0 to ",
+                      parameters, ", got ", i);
     wanted_[i] = true;
   }
 }
@@ -138,9 +138,7 @@ Tensor sum_to(Tensor t, IntArrayRef shape) {
 }
 
 // t, or t summed over its samples to suit a uniform gradient.
-Tensor like_gradient(const Tensor& u, const Tensor& t) {
-  return u.size(0) == 1 && t.size(0) != 1 ? t.sum(0, true) : t;
-}
+Tensor like_gradient(const Tensor& u, const Tensor& t) { return u.size(0) == 1 && t.size(0) != 1 ? t.sum(0, true) : t; }
 
 // The sum over samples of a, each times its c (undefined: 1), for `count` samples; without the batch, a's dims in the
 // order of memory.
@@ -302,8 +300,8 @@ struct Convolution : Unary {
   int64_t bias() const override { return b; }
 
   Tensor convolve(const Frame& frame, const Tensor& h, const std::optional<Tensor>& bias) const {
-    return frame.arrange(at::convolution(h, frame.parameters[W], bias, stride, padding, dilation, transposed,
-                                         output_padding, groups));
+    return frame.arrange(
+        at::convolution(h, frame.parameters[W], bias, stride, padding, dilation, transposed, output_padding, groups));
   }
   std::tuple<Tensor, Tensor, Tensor> derivative(const Frame& frame, const Tensor& u, const Tensor& h,
                                                 std::array<bool, 3> which) const {
@@ -328,9 +326,7 @@ struct Convolution : Unary {
 };
 
 struct Reshape : Unary {
-  Tensor apply(const Frame& frame, const Tensor& h) const override {
-    return frame.arrange(h.reshape(out(h.size(0))));
-  }
+  Tensor apply(const Frame& frame, const Tensor& h) const override { return frame.arrange(h.reshape(out(h.size(0)))); }
   Tensor adjoint(const Frame& frame, Tensor u) const override { return frame.arrange(u.reshape(in(u.size(0)))); }
 };
 
@@ -463,9 +459,7 @@ struct Softplus : Pointwise {
     threshold = scalars[1];
   }
   Tensor value(const Tensor& z) const override { return at::softplus(z, beta, threshold); }
-  Tensor slope(const Tensor& z, const Tensor& t) const override {
-    return at::softplus_backward(t, z, beta, threshold);
-  }
+  Tensor slope(const Tensor& z, const Tensor& t) const override { return at::softplus_backward(t, z, beta, threshold); }
   Tensor curvature(const Tensor& z) const override {
     const Tensor x = z.mul(beta), s = at::sigmoid(x);
     return (s * (1 - s)).mul_(beta).masked_fill_(x > threshold, 0);
@@ -587,10 +581,10 @@ struct MaxPool : Pool {
   }
   Tensors pull(const Frame& frame, const Kept& kept, Tensor u) const override {
     const Tensor z = spread(frame.empty(in(u.size(0)))), &indices = kept.extras[0];
-    return {unspread(nd == 3 ? at::max_pool3d_with_indices_backward(u, z, kernel, stride, padding, dilation, ceil,
-                                                                    indices)
-                             : at::max_pool2d_with_indices_backward(spread(u), z, kernel, stride, padding, dilation,
-                                                                    ceil, indices))};
+    return {unspread(
+        nd == 3
+            ? at::max_pool3d_with_indices_backward(u, z, kernel, stride, padding, dilation, ceil, indices)
+            : at::max_pool2d_with_indices_backward(spread(u), z, kernel, stride, padding, dilation, ceil, indices))};
   }
   Tensor push(const Frame& frame, const Kept& kept, Tensors v) const override {
     const Tensor indices = kept.extras[0].flatten(2);
@@ -663,10 +657,9 @@ struct Resize : Unary {
         return mode == nearest ? at::upsample_nearest1d(h, size, scales[0])
                                : at::upsample_linear1d(h, size, align, scales[0]);
       case 2:
-        return frame.arrange(mode == nearest ? at::upsample_nearest2d(h, size, scales[0], scales[1])
-                             : mode == linear_
-                                 ? at::upsample_bilinear2d(h, size, align, scales[0], scales[1])
-                                 : at::upsample_bicubic2d(h, size, align, scales[0], scales[1]));
+        return frame.arrange(mode == nearest   ? at::upsample_nearest2d(h, size, scales[0], scales[1])
+                             : mode == linear_ ? at::upsample_bilinear2d(h, size, align, scales[0], scales[1])
+                                               : at::upsample_bicubic2d(h, size, align, scales[0], scales[1]));
       default:
         return mode == nearest ? at::upsample_nearest3d(h, size, scales[0], scales[1], scales[2])
                                : at::upsample_trilinear3d(h, size, align, scales[0], scales[1], scales[2]);
@@ -680,10 +673,10 @@ struct Resize : Unary {
         return mode == nearest ? at::upsample_nearest1d_backward(u, size, to, scales[0])
                                : at::upsample_linear1d_backward(u, size, to, align, scales[0]);
       case 2:
-        return frame.arrange(
-            mode == nearest   ? at::upsample_nearest2d_backward(u, size, to, scales[0], scales[1])
-            : mode == linear_ ? at::upsample_bilinear2d_backward(u, size, to, align, scales[0], scales[1])
-                              : at::upsample_bicubic2d_backward(u, size, to, align, scales[0], scales[1]));
+        return frame.arrange(mode == nearest ? at::upsample_nearest2d_backward(u, size, to, scales[0], scales[1])
+                             : mode == linear_
+                                 ? at::upsample_bilinear2d_backward(u, size, to, align, scales[0], scales[1])
+                                 : at::upsample_bicubic2d_backward(u, size, to, align, scales[0], scales[1]));
       default:
         return mode == nearest ? at::upsample_nearest3d_backward(u, size, to, scales[0], scales[1], scales[2])
                                : at::upsample_trilinear3d_backward(u, size, to, align, scales[0], scales[1], scales[2]);
@@ -899,7 +892,8 @@ struct Max : Unary {
   bool keep;
 
   explicit Max(Reader& r) : dim(r.take()), keep(r.take() != 0) {
-    TORCH_CHECK_VALUE(dim >= 1, kOp, ": program takes the maximum over dimension ", dim, ", which must not be the batch");
+    TORCH_CHECK_VALUE(dim >= 1, kOp, ": program takes the maximum over dimension ", dim,
+                      ", which must not be the batch");
   }
   bool linear() const override { return false; }
   size_t extras() const override { return 1; }
@@ -924,9 +918,7 @@ struct Multiply : Layer {
   bool curved() const override { return true; }
   bool keeps_inputs() const override { return true; }
 
-  Tensor forward(const Frame& frame, Tensors in, Rows, Tensors&) const override {
-    return frame.arrange(in[0] * in[1]);
-  }
+  Tensor forward(const Frame& frame, Tensors in, Rows, Tensors&) const override { return frame.arrange(in[0] * in[1]); }
   Tensors pull(const Frame&, const Kept& kept, Tensor u) const override {
     return {sum_to(u * kept.inputs[1], kept.inputs[0].sizes()), sum_to(u * kept.inputs[0], kept.inputs[1].sizes())};
   }
@@ -968,16 +960,12 @@ struct Normalize : Unary {
   }
   // The derivative is symmetric: r (t - mean(t) - x mean(t x)) with x the value and r = 1 / sqrt(variance + eps).
   Tensor derivative(const Frame& frame, const Kept& kept, const Tensor& t) const {
-    return frame.arrange(std::get<0>(at::native_layer_norm_backward(t.contiguous(), kept.inputs[0].contiguous(),
-                                                                    normalized(), kept.extras[0], kept.extras[1], {},
-                                                                    {}, {true, false, false})));
+    return frame.arrange(
+        std::get<0>(at::native_layer_norm_backward(t.contiguous(), kept.inputs[0].contiguous(), normalized(),
+                                                   kept.extras[0], kept.extras[1], {}, {}, {true, false, false})));
   }
-  Tensors pull(const Frame& frame, const Kept& kept, Tensor u) const override {
-    return {derivative(frame, kept, u)};
-  }
-  Tensor push(const Frame& frame, const Kept& kept, Tensors v) const override {
-    return derivative(frame, kept, v[0]);
-  }
+  Tensors pull(const Frame& frame, const Kept& kept, Tensor u) const override { return {derivative(frame, kept, u)}; }
+  Tensor push(const Frame& frame, const Kept& kept, Tensors v) const override { return derivative(frame, kept, v[0]); }
   // With a = mean(u x), b = mean(v x), c = mean(u v) - mean(u) mean(v) - a b:
   //   -r^2 (c x + d - mean(d) - x mean(d x)),  d = u b + v a
   Tensors bend(const Frame& frame, const Kept& kept, const Tensor& u, const Tensors& vs) const override {
@@ -1010,9 +998,7 @@ struct Narrow : Unary {
 };
 
 struct Expand : Unary {
-  Tensor apply(const Frame& frame, const Tensor& h) const override {
-    return frame.arrange(h.expand(out(h.size(0))));
-  }
+  Tensor apply(const Frame& frame, const Tensor& h) const override { return frame.arrange(h.expand(out(h.size(0)))); }
   Tensor adjoint(const Frame& frame, Tensor u) const override {
     return frame.arrange(sum_to(std::move(u), batched(u.size(0), in())));
   }
@@ -1146,7 +1132,10 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     const Shape out = take(take(1)[0]).vec();
 
     // The values that it takes come first, but for cat, where its dimension does, and constants, which take none.
-    const size_t taken = kind == cat ? record.size() - 1 : kind == constant ? 0 : kind == add || kind == multiply ? 2 : 1;
+    const size_t taken = kind == cat                       ? record.size() - 1
+                         : kind == constant                ? 0
+                         : kind == add || kind == multiply ? 2
+                                                           : 1;
     const size_t before = kind == cat ? 1 : 0;
     TORCH_CHECK_VALUE(record.size() >= before + taken && (kind != cat || taken > 0), kOp,
                       ": program has a record that is too short: ", record);

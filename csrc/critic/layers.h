@@ -89,8 +89,8 @@ class Layer {
   // Parameters that multiply what it takes, and those that are added to it; -1 for none.
   virtual int64_t weight() const { return -1; }
   virtual int64_t bias() const { return -1; }
-  virtual bool linear() const { return true; }        // without regard to parameters
-  virtual bool curved() const { return false; }       // not even piecewise linear
+  virtual bool linear() const { return true; }         // without regard to parameters
+  virtual bool curved() const { return false; }        // not even piecewise linear
   virtual bool keeps_inputs() const { return false; }  // for pull, push and bend
   virtual size_t extras() const { return 0; }          // how many tensors forward leaves besides
   // Whether pull and weigh are the same for every sample, so that they can take a uniform u.
@@ -101,7 +101,8 @@ class Layer {
   // Of v at least one is defined; what is undefined does not change.
   virtual Tensor push(const Frame& frame, const Kept& kept, Tensors v) const = 0;
   virtual Tensors bend(const Frame& frame, const Kept& kept, const Tensor& u, const Tensors& v) const;
-  virtual void weigh(const Frame& frame, const Kept& kept, const Tensor& a, const Tensor& t, Gradients& gradients) const;
+  virtual void weigh(const Frame& frame, const Kept& kept, const Tensor& a, const Tensor& t,
+                     Gradients& gradients) const;
   virtual void shift(const Frame& frame, const Kept& kept, const Tensor& a, const Tensor& c,
                      Gradients& gradients) const;
 };
@@ -111,10 +112,10 @@ struct Program {
   std::vector<std::unique_ptr<Layer>> layers;  // layer i makes value inputs + i
   int64_t inputs = 0;
   bool curved = false;
-  std::vector<int64_t> uses;   // of each value, by layers
-  std::vector<bool> moving;    // whether the value depends on x
-  std::vector<bool> deep;      // whether it depends on parameters
-  std::vector<bool> bent;      // whether a layer that is not linear depends on it
+  std::vector<int64_t> uses;  // of each value, by layers
+  std::vector<bool> moving;   // whether the value depends on x
+  std::vector<bool> deep;     // whether it depends on parameters
+  std::vector<bool> bent;     // whether a layer that is not linear depends on it
 
   Program(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars);
   int64_t values() const { return inputs + static_cast<int64_t>(layers.size()); }

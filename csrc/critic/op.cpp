@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensors, Tensors> run(TensorList x, TensorList parameters, In
 std::tuple<Tensor, Tensors> critic(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars,
                                    bool mean_outputs, int64_t scored, int64_t first, int64_t count,
                                    at::ScalarType compute_dtype, bool channels_last) {
-  auto [scores, gradients, kept] = run(x, parameters, program, scalars, mean_outputs, scored, first, count,
-                                       compute_dtype, channels_last, false);
+  auto [scores, gradients, kept] =
+      run(x, parameters, program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last, false);
   return {scores, gradients};
 }
 
@@ -121,8 +121,8 @@ struct Critic : torch::autograd::Function<Critic> {
     saved.insert(saved.end(), parameters.begin(), parameters.end());
     saved.insert(saved.end(), kept.begin(), kept.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["sizes"] = Shape{static_cast<int64_t>(x.size()), static_cast<int64_t>(parameters.size()),
-                                     o.scored, o.first, o.count};
+    ctx->saved_data["sizes"] =
+        Shape{static_cast<int64_t>(x.size()), static_cast<int64_t>(parameters.size()), o.scored, o.first, o.count};
     ctx->saved_data["program"] = o.program;
     ctx->saved_data["scalars"] = o.scalars;
     ctx->saved_data["compute_dtype"] = o.compute_dtype;
@@ -168,9 +168,9 @@ struct Critic : torch::autograd::Function<Critic> {
     for (const auto i : c10::irange(inputs)) of_x = of_x || ctx->needs_input_grad(i);
     TORCH_CHECK_NOT_IMPLEMENTED(!of_x || sizes[2] == 0, kOp, ": x cannot be differentiated where it is scored");
     const bool curved = of_x && engine.curved();
-    const Variables computed = op.call(grad_scores, grad_gradients, x, parameters, kept, program, scalars, sizes[2],
-                                       points.first, points.count, dtype, ctx->saved_data["channels_last"].toBool(),
-                                       wanted, curved);
+    const Variables computed =
+        op.call(grad_scores, grad_gradients, x, parameters, kept, program, scalars, sizes[2], points.first,
+                points.count, dtype, ctx->saved_data["channels_last"].toBool(), wanted, curved);
     for (const auto i : c10::irange(wanted.size())) result[inputs + wanted[i]] = computed[i];
     for (const auto i : c10::irange(inputs)) {
       if (!ctx->needs_input_grad(i)) continue;
