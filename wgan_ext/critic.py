@@ -1,8 +1,8 @@
 """The gradient of a critic with respect to its input, differentiable once, and the plan by which it is computed.
 
-A critic made of layers that are linear once the signs at its activations are known has an input gradient whose own
-derivative is two chains of matrix products (csrc/critic/op.cpp). It needs no double backward and two thirds of its
-arithmetic. Other critics take autograd's double backward; ``explain`` says which way a critic goes, and why.
+The input gradient of a critic is a chain of matrix products, and its derivative another one or two (csrc/critic). They
+need no double backward and, where the critic is piecewise linear, two thirds of its arithmetic. Critics that cannot be
+traced into such a chain take autograd's double backward; ``explain`` says which way a critic goes, and why.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from . import _ops
 from ._checks import check_batch, check_type
+from .plans import compute_dtype, plan_for, read_parameters
+from .tracing import LayerPlan
 
 __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
 
@@ -30,22 +28,8 @@ Engine: TypeAlias = Literal["auto", "analytic", "autograd"]
 Inputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"
 Critic: TypeAlias = Callable[..., Tensor]
 
-# Forward pre-hooks that only set a parameter of their module, whatever its input: the engine runs them itself.
-_WEIGHT_HOOKS = (SpectralNorm, WeightNorm)
 # Wrappers that synchronise gradients in their forward; named, since importing FSDP takes half a second.
 _SYNCHRONISING = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel")
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerPlan:
-    """How one layer of a critic is computed."""
-
-    name: str
-    """Its path in the critic, as in named_modules."""
-    layer: str
-    engine: Literal["analytic", "autograd"]
-    reason: str
-    """Why the analytic engine cannot take it; empty if it can."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +94,17 @@ def input_gradient(
     return gradient.to(x.dtype)
 
 
-def explain(critic: Critic, x: Inputs) -> CriticPlan:
-    """Return the plan by which the input gradient of the critic at x would be computed, without computing anything.
+def explain(
+    critic: Critic,
+    x: Inputs,
+    *,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+) -> CriticPlan:
+    """Return the plan by which the input gradient of the critic at x would be computed.
 
-    Nothing is evaluated: spectral norm's vectors u and v stay as they are.
+    The critic's forward is run on two and on three samples to see what it does. Spectral norm's vectors u and v and all
+    other buffers stay as they are.
 
     Raises:
         TypeError, ValueError: the critic is not callable, or x not a floating-point batch or a structure of such.
@@ -121,12 +112,55 @@ def explain(critic: Critic, x: Inputs) -> CriticPlan:
     """
     for t in tensors_of("explain", "x", x):
         check_batch("explain", "x", t)
-    trace = _trace(_unwrap("explain", critic), single=isinstance(x, Tensor), extra_arguments=False)
-    layers = tuple(
-        LayerPlan(name, _describe(module), "autograd" if obstacle else "analytic", obstacle)
-        for name, module, obstacle in trace.layers
+    trace = plan_for(_unwrap("explain", critic), x, tuple(critic_args), dict(critic_kwargs or {})).trace
+    return CriticPlan("autograd" if trace.obstacle else "analytic", trace.obstacle, trace.layers)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What the analytic engine's operators need to know of a critic, besides its input."""
+
+    parameters: list[Tensor]
+    program: list[int]
+    scalars: list[float]
+    compute_dtype: torch.dtype
+    channels_last: bool
+
+
+def evaluation(
+    op: str,
+    critic: Critic,
+    x: Inputs,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    engine: Engine = "auto",
+    copies: int = 1,
+) -> Evaluation | None:
+    """Read the critic's weights for one evaluation by the analytic engine, or return None if autograd must do it.
+
+    The evaluation will have ``copies`` batches like x, one below the other, each with the same further arguments.
+    """
+    check_engine(op, engine)
+    check_type(op, "critic_args", critic_args, (tuple, list), "a tuple or list")
+    check_type(op, "critic_kwargs", critic_kwargs or {}, Mapping, "a mapping")
+    critic = _unwrap(op, critic)
+    if engine == "autograd":
+        return None
+    args, kwargs = tuple(critic_args), dict(critic_kwargs or {})
+    plan = plan_for(critic, x, args, kwargs)
+    trace = plan.trace
+    if trace.obstacle:
+        if engine == "analytic":
+            raise NotImplementedError(f"{op}: the analytic engine cannot take this critic: {trace.obstacle}")
+        return None
+    first = tensors_of(op, "x", x)[0]
+    parameters = read_parameters(plan, critic, args, kwargs, first.shape[0], copies)  # type: ignore[arg-type]
+    dtype = compute_dtype(first)
+    # oneDNN's convolutions are faster in channels_last (from 3 to 64 channels, several times); it has no float64.
+    channels_last = trace.images and (
+        (first.device.type == "cpu" and dtype == torch.float32) or _ops.suggested_format(first) == torch.channels_last
     )
-    return CriticPlan("autograd" if trace.obstacle else "analytic", trace.obstacle, layers)
+    return Evaluation(parameters, trace.program, trace.scalars, dtype, channels_last)
 
 
 def critic_gradients(
@@ -143,23 +177,23 @@ def critic_gradients(
 
     ``mean_outputs`` averages a sample's outputs instead. The analytic engine returns float32 for 16-bit inputs.
     """
-    check_engine(op, engine)
-    check_type(op, "critic_args", critic_args, (tuple, list), "a tuple or list")
-    check_type(op, "critic_kwargs", critic_kwargs or {}, Mapping, "a mapping")
-    critic = _unwrap(op, critic)
-    if engine != "autograd":
-        extra_arguments = bool(critic_args or critic_kwargs)
-        trace = _trace(critic, single=isinstance(x, Tensor), extra_arguments=extra_arguments)
-        if isinstance(x, Tensor) and not trace.obstacle:
-            return [_run(op, trace, x, mean_outputs)]
-        if engine == "analytic":
-            raise NotImplementedError(f"{op}: the analytic engine cannot take this critic: {trace.obstacle}")
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{op}: torch.compile cannot differentiate twice, and this critic takes autograd's double backward; "
-            "wgan_ext.explain(critic, x) says why"
-        )
-    return _double_backward(op, critic, x, critic_args, critic_kwargs or {}, mean_outputs)
+    e = evaluation(op, critic, x, critic_args, critic_kwargs, engine)
+    if e is None:
+        return double_backward(op, critic, x, critic_args, critic_kwargs or {}, mean_outputs)[1]
+    points = tensors_of(op, "x", x)
+    gradients: list[Tensor] = _ops.critic(
+        points,
+        e.parameters,
+        e.program,
+        e.scalars,
+        mean_outputs,
+        0,
+        0,
+        points[0].shape[0],
+        e.compute_dtype,
+        e.channels_last,
+    )[1]
+    return gradients
 
 
 def check_engine(op: str, engine: str) -> None:
@@ -188,180 +222,21 @@ def _original(module: Any) -> Any:
     return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else module
 
 
-@dataclasses.dataclass
-class _Trace:
-    """A critic as csrc/critic/op.cpp reads it, or the obstacle to that."""
-
-    obstacle: str = ""
-    layers: list[tuple[str, nn.Module, str]] = dataclasses.field(default_factory=list)
-    """Each layer's name, module and obstacle."""
-    program: list[int] = dataclasses.field(default_factory=list)
-    slopes: list[float] = dataclasses.field(default_factory=list)
-    weighted: list[nn.Linear | nn.Conv2d] = dataclasses.field(default_factory=list)
-    """The modules whose parameters the program takes, in order."""
-    images: bool = False
-    """Whether there is a convolution."""
-
-
-def _trace(critic: Critic, *, single: bool, extra_arguments: bool) -> _Trace:
-    trace = _Trace()
-    if not isinstance(critic, nn.Module):
-        trace.obstacle = "the critic is not an nn.Module"
-    elif not single:
-        trace.obstacle = "the input is not a single tensor"
-    elif extra_arguments:
-        trace.obstacle = "the critic takes further arguments"
-    elif torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
-        trace.obstacle = "a hook is registered for all modules"
-    else:
-        _walk("", critic, trace)
-        for name, module, obstacle in trace.layers:
-            if obstacle:
-                where = f"layer {name!r}, {_describe(module)}," if name else _describe(module)
-                trace.obstacle = f"{where} {obstacle}"
-                break
-    return trace
-
-
-def _walk(name: str, module: nn.Module, trace: _Trace) -> None:
-    module = _original(module)
-    obstacle = _hooked(module)
-    kind = parametrize.type_before_parametrizations(module)
-    if not obstacle and kind is nn.Sequential:
-        for child_name, child in module._modules.items():
-            if child is not None:
-                _walk(f"{name}.{child_name}" if name else child_name, child, trace)
-        return
-    if not obstacle:
-        layer = _LAYERS.get(kind)
-        obstacle = layer(module, trace) if layer else "is of a class that the analytic engine does not know"
-    trace.layers.append((name, module, obstacle))
-
-
-def _hooked(module: nn.Module) -> str:
-    """What keeps a module's forward from being that of its class, or an empty string."""
-    if "forward" in module.__dict__:
-        return "has a forward of its own"
-    if module._forward_hooks:
-        return "has a forward hook"
-    if module._backward_hooks or module._backward_pre_hooks:
-        return "has a backward hook"
-    if not all(isinstance(hook, _WEIGHT_HOOKS) for hook in module._forward_pre_hooks.values()):
-        return "has a forward pre-hook"
-    return ""
-
-
-def _describe(module: nn.Module) -> str:
-    return f"{parametrize.type_before_parametrizations(module).__name__}({module.extra_repr()})"
-
-
-# Each of these adds a layer to the trace, or returns what keeps it from that.
-
-
-def _linear(module: nn.Linear, trace: _Trace) -> str:
-    trace.program += (_ops.LINEAR, module.bias is not None)
-    trace.weighted.append(module)
-    return ""
-
-
-def _conv2d(module: nn.Conv2d, trace: _Trace) -> str:
-    if module.padding_mode != "zeros":
-        return f"pads with mode {module.padding_mode!r}"
-    # left, right, top, bottom; padding="same" can be uneven
-    left, right, top, bottom = module._reversed_padding_repeated_twice
-    if left != right or top != bottom:
-        return "pads unevenly"
-    trace.program += (_ops.CONV2D, module.bias is not None, *module.stride, top, left, *module.dilation, module.groups)
-    trace.images = True
-    trace.weighted.append(module)
-    return ""
-
-
-def _flatten(module: nn.Flatten, trace: _Trace) -> str:
-    trace.program += (_ops.FLATTEN, module.start_dim, module.end_dim)
-    return ""
-
-
-def _relu(module: nn.ReLU, trace: _Trace) -> str:
-    trace.program.append(_ops.ACTIVATION)
-    trace.slopes.append(0.0)
-    return ""
-
-
-def _leaky_relu(module: nn.LeakyReLU, trace: _Trace) -> str:
-    trace.program.append(_ops.ACTIVATION)
-    trace.slopes.append(module.negative_slope)
-    return ""
-
-
-def _identity(module: nn.Identity, trace: _Trace) -> str:
-    return ""
-
-
-def _dropout(module: Any, trace: _Trace) -> str:
-    return "is random in training mode" if module.training and module.p > 0 else ""
-
-
-_LAYERS: dict[type[nn.Module], Callable[[Any, _Trace], str]] = {
-    nn.Linear: _linear,
-    nn.Conv2d: _conv2d,
-    nn.Flatten: _flatten,
-    nn.ReLU: _relu,
-    nn.LeakyReLU: _leaky_relu,
-    nn.Identity: _identity,
-    nn.Dropout: _dropout,
-    nn.Dropout1d: _dropout,
-    nn.Dropout2d: _dropout,
-    nn.Dropout3d: _dropout,
-    nn.AlphaDropout: _dropout,
-    nn.FeatureAlphaDropout: _dropout,
-}
-
-
-def _run(op: str, trace: _Trace, x: Tensor, mean_outputs: bool) -> Tensor:
-    parameters: list[Tensor] = []
-    for module in trace.weighted:
-        for hook in module._forward_pre_hooks.values():
-            hook(module, ())
-        parameters.append(module.weight)
-        if parameters[-1].device != x.device:
-            raise ValueError(f"{op}: x must be on the device of the critic ({parameters[-1].device}), got {x.device}")
-        if module.bias is not None:
-            parameters.append(module.bias)
-    on_cpu = x.device.type == "cpu"
-    compute_dtype = _autocast_dtype(x)
-    if compute_dtype is None:
-        compute_dtype = x.dtype
-        for parameter in parameters:
-            if parameter.dtype != x.dtype:
-                raise TypeError(f"{op}: x must have the dtype of the critic ({parameter.dtype}), got {x.dtype}")
-    if on_cpu and compute_dtype.itemsize == 2:
-        compute_dtype = torch.float32
-    # oneDNN's convolutions are faster in channels_last (from 3 to 64 channels, several times); it has no float64.
-    channels_last = trace.images and (
-        (on_cpu and compute_dtype == torch.float32) or _ops.suggested_format(x) == torch.channels_last
-    )
-    gradient: Tensor = _ops.critic_input_gradient(
-        x, parameters, trace.program, trace.slopes, mean_outputs, compute_dtype, channels_last
-    )
-    return gradient
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast, where it is on, casts x to; like autocast, this leaves float64 alone."""
-    device_type = x.device.type
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if on and x.dtype != torch.float64 else None
-
-
-def _double_backward(
+def double_backward(
     op: str,
     critic: Critic,
     x: Inputs,
     critic_args: Sequence[Any],
     critic_kwargs: Mapping[str, Any],
     mean_outputs: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the critic's outputs and the gradients of ``critic_gradients``, both by autograd."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{op}: torch.compile cannot differentiate twice, and this critic takes autograd's double backward; "
+            "wgan_ext.explain(critic, x) says why"
+        )
+    critic = _unwrap(op, critic)
     if isinstance(critic, nn.Module) and any(map(_couples_samples, critic.modules())):
         warnings.warn(
             f"{op}: the critic normalizes over the batch, so that the gradient at a sample takes in the scores of the "
@@ -380,18 +255,18 @@ def _double_backward(
             )
             return points[-1]
 
-        scores = critic(map_tensors(point, x), *critic_args, **critic_kwargs)
+        outputs = critic(map_tensors(point, x), *critic_args, **critic_kwargs)
         batch = points[0].shape[0]
-        _check_scores(op, scores, batch)
+        _check_scores(op, outputs, batch)
         device_type = points[0].device.type
-        weight = batch / scores.numel() if mean_outputs else 1.0
+        weight = batch / outputs.numel() if mean_outputs else 1.0
         with torch.autocast(device_type, enabled=False):
             gradients = torch.autograd.grad(
-                scores, points, torch.full_like(scores, weight), create_graph=create_graph, allow_unused=True
+                outputs, points, torch.full_like(outputs, weight), create_graph=create_graph, allow_unused=True
             )
     if all(gradient is None for gradient in gradients):
         raise ValueError(f"{op}: the critic's scores do not depend on its input")
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, points, strict=True)]
+    return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, points, strict=True)]
 
 
 def _couples_samples(module: nn.Module) -> bool:

@@ -1,0 +1,407 @@
+"""The plans by which the analytic engine evaluates critics: made by tracing, checked once, kept while they hold.
+
+A plan belongs to a state of its critic, all that could change what its forward does except the values of tensors: its
+modules and their classes, modes, hooks and plain attributes, the shapes of parameters, the shapes and dtypes of the
+arguments, and the global and enclosing variables that forwards read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import dis
+import functools
+import types
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import Tensor, nn
+
+from . import _ops, lowering
+from .tracing import (
+    WEIGHT_HOOKS,
+    Source,
+    Step,
+    Trace,
+    frozen_weights,
+    leaves,
+    map_leaves,
+    tensors_in,
+    trace,
+)
+
+__all__ = ["Plan", "compute_dtype", "plan_for", "read_parameters"]
+
+_ATOMS = frozenset(
+    [
+        *(int, float, bool, str, type(None), complex, bytes, types.FunctionType, types.MethodType),
+        *(torch.dtype, torch.device, torch.Size),
+    ]
+)
+_IGNORED = frozenset(
+    [
+        *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"),
+        *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+        *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    ]
+)
+
+
+@dataclasses.dataclass
+class Plan:
+    """A trace of a critic, and the critic's modules."""
+
+    trace: Trace
+    modules: dict[str, weakref.ref[nn.Module]]
+    """By path; the plan keeps no critic alive."""
+    variables: list[tuple[Any, str, Any]]
+    """The variables outside the critic that its forwards read: namespace or cell, name, value."""
+    attributes: list[tuple[str, str, Any]] = dataclasses.field(default_factory=list)
+    """The plain attributes of the critic's modules: path, name, value."""
+
+    def holds(self) -> bool:
+        """Whether the modules are still there and the variables have their values."""
+        return all(module() is not None for module in self.modules.values()) and all(
+            _value_of(place, name) == value for place, name, value in self.variables
+        )
+
+
+class _Plans:
+    """The plans of one critic. One that changes its state at every call is not worth tracing each time."""
+
+    def __init__(self) -> None:
+        self.plans: dict[Any, Plan] = {}
+        self.made = 0
+        self.found = 0
+
+    @property
+    def exhausted(self) -> bool:
+        return self.made >= 16 and self.found < 4 * self.made
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, _Plans] = weakref.WeakKeyDictionary()
+
+
+def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    """The plan of an evaluation ``critic(x, *args, **kwargs)``, made if there is none that holds."""
+    if not isinstance(critic, nn.Module):
+        return _refusal("the critic is not an nn.Module")
+    if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return _refusal("a hook is registered for all modules")
+    if torch.compiler.is_compiling():
+        constant = _constant_plan(critic, map_leaves(_like, (x, args, kwargs)))
+        _guard(constant, critic)
+        return constant
+    return _plan_for(critic, x, args, kwargs)
+
+
+def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    plans = _plans.get(critic)
+    if plans is None:
+        plans = _plans[critic] = _Plans()
+    try:
+        key = (_signature(x, args, kwargs), _autocast_dtype(tensors_in(x)[0]), *_state(critic))
+        plan = plans.plans.get(key)
+    except TypeError as error:
+        return _refusal(f"its state or arguments cannot be compared: {error}")
+    if plan is not None and plan.holds():
+        plans.found += 1
+        return plan
+    if plans.exhausted:
+        return _refusal("its attributes, or the shapes of its arguments, change too often to trace it each time")
+    plans.made += 1
+    if len(plans.plans) >= 16:
+        plans.plans.clear()
+    plan = plans.plans[key] = _make(critic, x, args, kwargs)
+    return plan
+
+
+def _guard(plan: Plan, critic: nn.Module) -> None:
+    """Read, where torch.compile sees it, what the plan depends on, so that it compiles anew when that changes."""
+    for path, name, value in plan.attributes:
+        if getattr(critic.get_submodule(path), name) != value:
+            raise RuntimeError(f"{path}.{name} changed while the critic was compiled")
+
+
+def _refusal(obstacle: str) -> Plan:
+    return Plan(Trace(obstacle), {}, [])
+
+
+# states
+
+
+def _state(critic: nn.Module) -> list[Any]:
+    state: list[Any] = []
+    _add_state(critic, state)
+    return state
+
+
+def _add_state(module: nn.Module, state: list[Any]) -> None:
+    state += (id(module), module.__class__)
+    attributes = module.__dict__
+    for name, value in attributes.items():
+        if name not in _IGNORED:
+            state.append(_frozen(value))
+    for tensors in (attributes["_parameters"], attributes["_buffers"]):
+        for tensor in tensors.values():
+            state.append(None if tensor is None else tensor.shape)
+    for child in attributes["_modules"].values():
+        if child is not None:
+            _add_state(child, state)
+
+
+def _frozen(value: Any) -> Any:
+    """Something hashable that differs where the value does, as far as a forward can depend on it."""
+    if value.__class__ in _ATOMS:
+        return value
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items()) if value else ()
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_frozen, value))
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else id(value)
+
+
+def _signature(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(x, Tensor) and not args and not kwargs:
+        return x.shape[1:], x.dtype, x.device
+    batch = tensors_in(x)[0].shape[0]
+    return tuple(
+        (path, _shape_of_sample(leaf, batch), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (path, leaf)
+        for path, leaf in leaves((x, args, kwargs))
+    )
+
+
+def _shape_of_sample(t: Tensor, batch: int) -> tuple[Any, ...]:
+    return ("batch", *t.shape[1:]) if t.shape[:1] == (batch,) else tuple(t.shape)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast, where it is on, casts x to; like autocast, this leaves float64 alone."""
+    device_type = x.device.type
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on and x.dtype != torch.float64 else None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What the engine computes in: autocast's dtype or x's, and float32 for 16-bit types on a CPU."""
+    dtype = _autocast_dtype(x) or x.dtype
+    return torch.float32 if x.device.type == "cpu" and dtype.itemsize == 2 else dtype
+
+
+_MISSING = object()
+
+
+def _value_of(place: Any, name: str) -> Any:
+    return place.get(name, _MISSING) if isinstance(place, dict) else place.cell_contents
+
+
+def _variables(critic: nn.Module) -> tuple[list[tuple[Any, str, Any]], str]:
+    """The variables outside of it that a critic's forwards read, or the name of one that cannot be compared."""
+    found: list[tuple[Any, str, Any]] = []
+    seen: set[Any] = set()
+
+    def visit(function: Any, owner: type) -> str:
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            return ""
+        seen.add(code)
+        package = _package(function)
+        if package == "torch":
+            return ""
+        places: list[tuple[Any, str]] = list(zip(function.__closure__ or (), code.co_freevars, strict=True))
+        for name in {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}:
+            if name in function.__globals__:
+                places.append((function.__globals__, name))
+        for place, name in places:
+            try:
+                value = _value_of(place, name)
+            except ValueError:  # an empty cell
+                continue
+            if value.__class__ in _ATOMS:
+                found.append((place, name, value))
+                same = isinstance(value, types.FunctionType) and _package(value) == package
+                if same and (blame := visit(value, owner)):
+                    return blame
+            elif not isinstance(value, types.ModuleType) and not callable(value):
+                return name
+        for name in code.co_names:  # methods of the module, among others
+            method = getattr(owner, name, None)
+            if isinstance(method, types.FunctionType) and (blame := visit(method, owner)):
+                return blame
+        return ""
+
+    for module in critic.modules():
+        blame = visit(getattr(module.forward, "__func__", module.forward), type(module))
+        if blame:
+            return found, f"a forward reads the variable {blame!r}, which may change unseen"
+    return found, ""
+
+
+def _package(function: types.FunctionType) -> str:
+    return str(function.__globals__.get("__name__", "")).partition(".")[0]
+
+
+# making
+
+
+def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    batch = tensors_in(x)[0].shape[0]
+    before = _state(critic)
+    variables, blame = _variables(critic)
+    made = Trace()
+    with torch.inference_mode(False), frozen_weights(critic) as computed:
+        traces = []
+        for n in (2, 3):
+            some = map_leaves(functools.partial(_rows, batch=batch, n=n), (x, args, kwargs))
+            traces.append(trace(critic, some[0], some[1], some[2], computed, lowering.HANDLERS))
+        made = traces[0] if traces[0].obstacle else traces[1]
+        if not made.obstacle and not traces[0].same_as(traces[1]):
+            made.obstacle = "its forward depends on the number of samples"
+        modules = {name: weakref.ref(module) for name, module in critic.named_modules()}
+        attributes = [
+            (path, name, value)
+            for path, module in critic.named_modules()
+            for name, value in module.__dict__.items()
+            if isinstance(value, (bool, int, float, str)) and name not in _IGNORED
+        ]
+        plan = Plan(made, modules, variables, attributes)
+        made.obstacle = made.obstacle or blame or _disagreement(plan, critic, *some)
+    if not made.obstacle and _state(critic) != before:
+        made.obstacle = "its forward changes its attributes"
+    return plan
+
+
+def _like(leaf: Any) -> Any:
+    """What a tensor is but for its values; torch.compile cannot hand over tensors."""
+    return ("tensor", tuple(int(n) for n in leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+
+
+def _unlike(structure: Any) -> Any:
+    """A tensor that is like this, in place of each."""
+    if isinstance(structure, dict):
+        return {key: _unlike(value) for key, value in structure.items()}
+    if not isinstance(structure, (tuple, list)):
+        return structure
+    if len(structure) == 4 and structure[0] == "tensor":
+        _, shape, dtype, device = structure
+        return torch.zeros(shape, dtype=dtype, device=device) + (torch.randn(shape) if dtype.is_floating_point else 0)
+    return type(structure)(map(_unlike, structure))
+
+
+def _constant_plan(critic: nn.Module, likes: Any) -> Plan:
+    """The plan, where torch.compile needs it as a constant."""
+    x, args, kwargs = _unlike(likes)
+    return _plan_for(critic, x, args, kwargs)
+
+
+_constant_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result, without dynamo
+
+
+def _rows(leaf: Any, batch: int, n: int) -> Any:
+    """The first n rows of a tensor that has a batch, or as many by repeating some."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach()
+    return leaf[torch.arange(n, device=leaf.device) % batch] if leaf.shape[:1] == (batch,) else leaf.clone()
+
+
+def _disagreement(plan: Plan, critic: nn.Module, x: Any, args: Any, kwargs: Any) -> str:
+    """Compare the plan with autograd on a few samples; returns what is wrong."""
+    points = tensors_in(x)
+    rows = points[0].shape[0]
+    dtype = compute_dtype(points[0])
+    with torch.enable_grad():
+        copies = map_leaves(lambda t: t.clone().requires_grad_(), x)
+        scores = critic(copies, *args, **kwargs).reshape(rows, -1).sum(1)
+        expected = torch.autograd.grad(scores.sum(), tensors_in(copies), allow_unused=True)
+    with torch.no_grad():
+        parameters = read_parameters(plan, critic, args, kwargs, rows, hooks=False)
+        t = plan.trace
+        got_scores, got = _ops.critic(points, parameters, t.program, t.scalars, False, rows, 0, rows, dtype, False)
+    pairs = [(got_scores, scores), *((g, e) for g, e in zip(got, expected, strict=True) if e is not None)]
+    # float32 rounds activations next to 0 to either side, and each moves the gradient a little
+    tolerance = 1e-6 if dtype == torch.float64 else 0.05
+    for mine, theirs in pairs:
+        mine, theirs = mine.double(), theirs.detach().double()
+        if not (mine - theirs).norm() <= tolerance * theirs.norm() + 1e-30:
+            return "the plan traced from it disagrees with autograd"
+    return ""
+
+
+# reading
+
+
+def read_parameters(
+    plan: Plan,
+    critic: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch: int,
+    copies: int = 1,
+    hooks: bool = True,
+) -> list[Tensor]:
+    """The plan's parameters for one evaluation: each computed weight is computed once.
+
+    Further arguments that have a batch are repeated for ``copies`` batches.
+    """
+    t = plan.trace
+    if hooks:
+        for path in t.hooked:
+            module = _module(plan, critic, path)
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, WEIGHT_HOOKS):
+                    hook(module, ())
+    read: dict[Source, Tensor] = {}
+    slots: list[Tensor] = []
+
+    def decode(source: Source) -> Any:
+        kind, first, second = source
+        if kind == "value":
+            return first
+        if kind == "slot":
+            return slots[first]
+        if kind == "list" or kind == "tuple" or kind == "slice":
+            items = [decode(item) for item in first]
+            return items if kind == "list" else tuple(items) if kind == "tuple" else slice(*items)
+        if source not in read:
+            read[source] = (
+                getattr(_module(plan, critic, first), second)
+                if kind == "attribute"
+                else _repeated(_at(((), args, kwargs), first), batch, copies)
+            )
+        return read[source]
+
+    for step in t.steps:
+        result = _function(step)(
+            *[decode(arg) for arg in step.args], **{key: decode(arg) for key, arg in step.kwargs}
+        )
+        slots += tensors_in(result)
+    return [decode(source) for source in t.parameters]
+
+
+def _module(plan: Plan, critic: nn.Module, path: str) -> nn.Module:
+    if torch.compiler.is_compiling():  # which knows no weak references, and follows attributes
+        return critic.get_submodule(path)
+    module = plan.modules[path]()
+    assert module is not None, path  # the plan holds
+    return module
+
+
+def _function(step: Step) -> Any:
+    if not torch.compiler.is_compiling():
+        return step.function
+    place: Any = torch if step.name.startswith("torch.") else lowering  # torch.compile takes no function from a list
+    for name in step.name.removeprefix("torch.").split("."):
+        place = getattr(place, name)
+    return place
+
+
+def _at(structure: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        structure = structure[key]
+    return structure
+
+
+def _repeated(t: Tensor, batch: int, copies: int) -> Tensor:
+    return torch.cat([t] * copies) if copies > 1 and t.shape[:1] == (batch,) else t
