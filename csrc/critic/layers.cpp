@@ -1032,24 +1032,29 @@ enum Kind : int64_t {
 enum Function : int64_t { leaky_relu, hardtanh, silu, gelu, gelu_tanh, softplus, tanh, sigmoid, elu, mish, abs };
 
 std::unique_ptr<Layer> make_activation(Reader& r) {
-  switch (const int64_t function = r.take()) {
+  const int64_t function = r.take();
+  switch (function) {
     case leaky_relu:
       return std::make_unique<LeakyRelu>(r);
     case hardtanh:
       return std::make_unique<Hardtanh>(r);
+    case softplus:
+      return std::make_unique<Softplus>(r);
+    case elu:
+      return std::make_unique<Elu>(r);
+    default:
+      r.take();  // where its scalars would start
+  }
+  switch (function) {
     case silu:
       return std::make_unique<Silu>();
     case gelu:
     case gelu_tanh:
       return std::make_unique<Gelu>(function == gelu_tanh);
-    case softplus:
-      return std::make_unique<Softplus>(r);
     case tanh:
       return std::make_unique<Tanh>();
     case sigmoid:
       return std::make_unique<Sigmoid>();
-    case elu:
-      return std::make_unique<Elu>(r);
     case mish:
       return std::make_unique<Mish>();
     case abs:
