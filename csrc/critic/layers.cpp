@@ -359,7 +359,7 @@ struct LeakyRelu : Unary {
   Tensor forward(const Frame& frame, Tensors in, Rows, Tensors& extras) const override {
     const Tensor z = in[0].is_contiguous(frame.format(in[0].sizes())) ? std::move(in[0]) : frame.arrange(in[0]);
     const Tensor h = ours(z) ? z : frame.empty(z.sizes());
-    extras.push_back(activate(z, bias_in >= 0 ? frame.parameters[bias_in] : Tensor(), slope, h));
+    extras.push_back(activate(z, bias_in >= 0 ? frame.parameters[bias_in].contiguous() : Tensor(), slope, h));
     return h;
   }
   Tensors pull(const Frame& frame, const Kept& kept, Tensor u) const override {
@@ -1185,7 +1185,8 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     auto* activation = dynamic_cast<LeakyRelu*>(layer.get());
     if (!activation || activation->inputs[0] < inputs || uses[activation->inputs[0]] != 1) continue;
     auto* before = dynamic_cast<Linear*>(layers[activation->inputs[0] - inputs].get());
-    if (!before || before->b < 0 || before->sizes.size() == 3) continue;
+    if (!before || before->b < 0 || before->sizes.empty() || before->sizes.size() == 3) continue;
+    if (parameters[before->b].sizes() != IntArrayRef(before->sizes.back())) continue;
     before->adds_bias = false;
     activation->bias_in = before->b;
   }
