@@ -141,6 +141,8 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
     Tensors pulled = layer.pull(frame_, kept(layer, i, rows), for_layer(layer, std::move(gradient), rows.count));
     for (const auto j : c10::irange(layer.inputs.size())) {
       const int64_t input = layer.inputs[j];
+      TORCH_CHECK_VALUE(pulled[j].sizes().slice(1) == layer.input_sizes[j], kOp, ": layer ", i,
+                        " does not make samples of shape ", layer.sizes, ", as program says");
       if (rows.whole() && !program_.deep[input]) pulled[j] = points_.of_gradient(pulled[j]);
       accumulate(u[input], std::move(pulled[j]));
     }

@@ -223,8 +223,8 @@ class Reader {
   }
   std::vector<double> scalars(size_t n) {
     const int64_t first = take(), size = static_cast<int64_t>(scalars_.size());
-    TORCH_CHECK_VALUE(first >= 0 && first + static_cast<int64_t>(n) <= size, kOp, ": program names scalars ", first,
-                      " to ", first + static_cast<int64_t>(n), " of ", size);
+    TORCH_CHECK_VALUE(first >= 0 && first <= size - static_cast<int64_t>(n), kOp, ": program names ", n,
+                      " scalars from ", first, " of ", size);
     return scalars_.slice(first, n).vec();
   }
 
@@ -1137,6 +1137,7 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     const Shape out = take(take(1)[0]).vec();
 
     // The values that it takes come first, but for cat, where its dimension does, and constants, which take none.
+    TORCH_CHECK_VALUE(!record.empty(), kOp, ": program has an empty record");
     const size_t taken = kind == cat                       ? record.size() - 1
                          : kind == constant                ? 0
                          : kind == add || kind == multiply ? 2
@@ -1151,6 +1152,8 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
                         " there are");
 
     const size_t spatial = taken && !sizes[in[0]].empty() ? sizes[in[0]].size() - 1 : 0;
+    TORCH_CHECK_VALUE((kind != adaptive_avg_pool && kind != resize) || (spatial && out.size() == spatial + 1), kOp,
+                      ": program resizes samples with ", spatial, " spatial dimensions to shape ", out);
     std::unique_ptr<Layer> layer = make_layer(kind, reader, spatial);
     TORCH_CHECK_VALUE(reader.left() == 0, kOp, ": program has a record that is too long: ", record);
     layer->inputs = in.vec();
