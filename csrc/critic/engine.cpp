@@ -230,8 +230,9 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
     const Layer& layer = *program_.layers[i];
     const auto value = program_.inputs + static_cast<int64_t>(i);
     const bool curved = layer.curved() && keeps_gradient_[value];
+    const bool weighed = gradients.wants(layer.weight()) && keeps_gradient_[value];
     for (const int64_t input : layer.inputs) {
-      needed[input] = needed[input] || needed[value] || curved || gradients.wants(layer.weight());
+      needed[input] = needed[input] || needed[value] || curved || weighed;
       bends[input] = bends[input] || curved;
       ++uses[input];
     }
