@@ -85,7 +85,8 @@ def _value(
 ) -> Tensor:
     """The value that one record makes."""
     if kind == Kind.CONSTANT:
-        return parameters[payload[0]]
+        P = parameters[payload[0]]
+        return P.expand(len(values[0]), *P.shape[1:])
     if kind == Kind.CAT:
         dim, *numbers = payload
         return torch.cat([values[i] for i in numbers], dim)

@@ -71,7 +71,8 @@ void Engine::analyse() {
                              (scored_.count && (layer.weight() >= 0 || layer.bias() >= 0));
     for (const int64_t input : layer.inputs) {
       used[input] = true;
-      if (weighed || (layer.keeps_inputs() && (moving || program_.curved))) keeps_value_[input] = true;
+      if (weighed || (layer.keeps_inputs() && (moving || program_.curved || scored_.count)))
+        keeps_value_[input] = true;
       needed[input] = needed[input] || keeps_value_[input];
     }
     runs_[i] = needed[value] || (layer.extras() && (moving || program_.curved));
@@ -140,6 +141,8 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
     Tensors pulled = layer.pull(frame_, kept(layer, i, rows), for_layer(layer, std::move(gradient), rows.count));
     for (const auto j : c10::irange(layer.inputs.size())) {
       const int64_t input = layer.inputs[j];
+      TORCH_CHECK_VALUE(pulled[j].sizes().slice(1) == layer.input_sizes[j], kOp, ": layer ", i,
+                        " does not make samples of shape ", layer.sizes, ", as program says");
       if (rows.whole() && !program_.deep[input]) pulled[j] = points_.of_gradient(pulled[j]);
       accumulate(u[input], std::move(pulled[j]));
     }
@@ -227,8 +230,9 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
     const Layer& layer = *program_.layers[i];
     const auto value = program_.inputs + static_cast<int64_t>(i);
     const bool curved = layer.curved() && keeps_gradient_[value];
+    const bool weighed = gradients.wants(layer.weight()) && keeps_gradient_[value];
     for (const int64_t input : layer.inputs) {
-      needed[input] = needed[input] || needed[value] || curved || gradients.wants(layer.weight());
+      needed[input] = needed[input] || needed[value] || curved || weighed;
       bends[input] = bends[input] || curved;
       ++uses[input];
     }

@@ -223,8 +223,8 @@ class Reader {
   }
   std::vector<double> scalars(size_t n) {
     const int64_t first = take(), size = static_cast<int64_t>(scalars_.size());
-    TORCH_CHECK_VALUE(first >= 0 && first + static_cast<int64_t>(n) <= size, kOp, ": program names scalars ", first,
-                      " to ", first + static_cast<int64_t>(n), " of ", size);
+    TORCH_CHECK_VALUE(first >= 0 && first <= size - static_cast<int64_t>(n), kOp, ": program names ", n,
+                      " scalars from ", first, " of ", size);
     return scalars_.slice(first, n).vec();
   }
 
@@ -359,7 +359,7 @@ struct LeakyRelu : Unary {
   Tensor forward(const Frame& frame, Tensors in, Rows, Tensors& extras) const override {
     const Tensor z = in[0].is_contiguous(frame.format(in[0].sizes())) ? std::move(in[0]) : frame.arrange(in[0]);
     const Tensor h = ours(z) ? z : frame.empty(z.sizes());
-    extras.push_back(activate(z, bias_in >= 0 ? frame.parameters[bias_in] : Tensor(), slope, h));
+    extras.push_back(activate(z, bias_in >= 0 ? frame.parameters[bias_in].contiguous() : Tensor(), slope, h));
     return h;
   }
   Tensors pull(const Frame& frame, const Kept& kept, Tensor u) const override {
@@ -1032,24 +1032,29 @@ enum Kind : int64_t {
 enum Function : int64_t { leaky_relu, hardtanh, silu, gelu, gelu_tanh, softplus, tanh, sigmoid, elu, mish, abs };
 
 std::unique_ptr<Layer> make_activation(Reader& r) {
-  switch (const int64_t function = r.take()) {
+  const int64_t function = r.take();
+  switch (function) {
     case leaky_relu:
       return std::make_unique<LeakyRelu>(r);
     case hardtanh:
       return std::make_unique<Hardtanh>(r);
+    case softplus:
+      return std::make_unique<Softplus>(r);
+    case elu:
+      return std::make_unique<Elu>(r);
+    default:
+      r.take();  // where its scalars would start
+  }
+  switch (function) {
     case silu:
       return std::make_unique<Silu>();
     case gelu:
     case gelu_tanh:
       return std::make_unique<Gelu>(function == gelu_tanh);
-    case softplus:
-      return std::make_unique<Softplus>(r);
     case tanh:
       return std::make_unique<Tanh>();
     case sigmoid:
       return std::make_unique<Sigmoid>();
-    case elu:
-      return std::make_unique<Elu>(r);
     case mish:
       return std::make_unique<Mish>();
     case abs:
@@ -1132,6 +1137,7 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     const Shape out = take(take(1)[0]).vec();
 
     // The values that it takes come first, but for cat, where its dimension does, and constants, which take none.
+    TORCH_CHECK_VALUE(!record.empty(), kOp, ": program has an empty record");
     const size_t taken = kind == cat                       ? record.size() - 1
                          : kind == constant                ? 0
                          : kind == add || kind == multiply ? 2
@@ -1146,6 +1152,8 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
                         " there are");
 
     const size_t spatial = taken && !sizes[in[0]].empty() ? sizes[in[0]].size() - 1 : 0;
+    TORCH_CHECK_VALUE((kind != adaptive_avg_pool && kind != resize) || (spatial && out.size() == spatial + 1), kOp,
+                      ": program resizes samples with ", spatial, " spatial dimensions to shape ", out);
     std::unique_ptr<Layer> layer = make_layer(kind, reader, spatial);
     TORCH_CHECK_VALUE(reader.left() == 0, kOp, ": program has a record that is too long: ", record);
     layer->inputs = in.vec();
@@ -1180,7 +1188,8 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     auto* activation = dynamic_cast<LeakyRelu*>(layer.get());
     if (!activation || activation->inputs[0] < inputs || uses[activation->inputs[0]] != 1) continue;
     auto* before = dynamic_cast<Linear*>(layers[activation->inputs[0] - inputs].get());
-    if (!before || before->b < 0 || before->sizes.size() == 3) continue;
+    if (!before || before->b < 0 || before->sizes.empty() || before->sizes.size() == 3) continue;
+    if (parameters[before->b].sizes() != IntArrayRef(before->sizes.back())) continue;
     before->adds_bias = false;
     activation->bias_in = before->b;
   }

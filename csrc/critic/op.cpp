@@ -147,12 +147,13 @@ struct Critic : torch::autograd::Function<Critic> {
 
     Variables grad_gradients(grads.begin() + 1, grads.end());
     bool penalised = false;
-    for (const Tensor& grad : grad_gradients) penalised = penalised || grad.defined();
+    for (const Tensor& grad : grad_gradients) penalised = penalised || (grad.defined() && points.count);
     for (const auto i : c10::irange(inputs))
       if (penalised && !grad_gradients[i].defined())
         grad_gradients[i] = at::zeros_like(x[i]).narrow(0, points.first, points.count);
     if (!penalised) grad_gradients.clear();
-    const std::optional<Tensor> grad_scores = grads[0].defined() ? std::optional<Tensor>(grads[0]) : std::nullopt;
+    const bool scored = grads[0].defined() && sizes[2];
+    const std::optional<Tensor> grad_scores = scored ? std::optional<Tensor>(grads[0]) : std::nullopt;
 
     // As autograd does: what only moves a sign gets zeros, what does not reach the gradient gets none.
     Variables result(inputs + count + 1);
@@ -168,9 +169,15 @@ struct Critic : torch::autograd::Function<Critic> {
     for (const auto i : c10::irange(inputs)) of_x = of_x || ctx->needs_input_grad(i);
     TORCH_CHECK_NOT_IMPLEMENTED(!of_x || sizes[2] == 0, kOp, ": x cannot be differentiated where it is scored");
     const bool curved = of_x && engine.curved();
-    const Variables computed =
-        op.call(grad_scores, grad_gradients, x, parameters, kept, program, scalars, sizes[2], points.first,
-                points.count, dtype, ctx->saved_data["channels_last"].toBool(), wanted, curved);
+    Variables computed;
+    if (scored || penalised) {
+      computed = op.call(grad_scores, grad_gradients, x, parameters, kept, program, scalars, sizes[2], points.first,
+                         points.count, dtype, ctx->saved_data["channels_last"].toBool(), wanted, curved);
+    } else {  // nothing that the loss depends on has rows
+      for (const int64_t i : wanted) computed.push_back(at::zeros_like(parameters[i]));
+      if (curved)
+        for (const Tensor& t : x) computed.push_back(at::zeros_like(t));
+    }
     for (const auto i : c10::irange(wanted.size())) result[inputs + wanted[i]] = computed[i];
     for (const auto i : c10::irange(inputs)) {
       if (!ctx->needs_input_grad(i)) continue;
