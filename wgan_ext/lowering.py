@@ -255,8 +255,7 @@ def _square(r: Recorder, result: Tensor, input: Tensor) -> int:
 
 
 def _activation(r: Recorder, result: Tensor, input: Tensor, function: Function, *scalars: float) -> int:
-    first = [r.scalar(*scalars)] if scalars else []
-    return r.emit(Kind.ACTIVATION, [r.value(input), function, *first], result.shape)
+    return r.emit(Kind.ACTIVATION, [r.value(input), function, r.scalar(*scalars)], result.shape)
 
 
 @handles("relu")
@@ -339,7 +338,7 @@ def _glu(r: Recorder, result: Tensor, input: Tensor, dim: int = -1) -> int:
     (dim,) = _dims(input, dim)
     n, h = result.shape[dim], r.value(input)
     gate = r.emit(Kind.NARROW, [h, dim, n, n], result.shape)
-    gate = r.emit(Kind.ACTIVATION, [gate, Function.SIGMOID], result.shape)
+    gate = r.emit(Kind.ACTIVATION, [gate, Function.SIGMOID, r.scalar()], result.shape)
     return r.emit(Kind.MULTIPLY, [r.emit(Kind.NARROW, [h, dim, 0, n], result.shape), gate], result.shape)
 
 
