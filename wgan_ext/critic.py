@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from . import _ops
 from ._checks import check_batch, check_type
+from ._distributed import guard, refuse_wrapped
 
 __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
 
@@ -32,8 +33,6 @@ Critic: TypeAlias = Callable[..., Tensor]
 
 # Forward pre-hooks that only set a parameter of their module, whatever its input: the engine runs them itself.
 _WEIGHT_HOOKS = (SpectralNorm, WeightNorm)
-# Wrappers that synchronise gradients in their forward; named, since importing FSDP takes half a second.
-_SYNCHRONISING = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,7 @@ def input_gradient(
     """
     check_batch("input_gradient", "x", x)
     (gradient,) = critic_gradients("input_gradient", critic, x, critic_args, critic_kwargs, engine, mean_outputs=False)
-    return gradient.to(x.dtype)
+    return guard("input_gradient", critic, gradient.to(x.dtype))
 
 
 def explain(critic: Critic, x: Inputs) -> CriticPlan:
@@ -173,13 +172,7 @@ def _unwrap(op: str, critic: Critic) -> Critic:
     if not callable(critic):
         raise TypeError(f"{op}: critic must be callable, got {type(critic).__name__}")
     critic = _original(critic)
-    for base in type(critic).__mro__:
-        if base.__name__ in _SYNCHRONISING and base.__module__.startswith("torch."):
-            raise NotImplementedError(
-                f"{op}: the critic is wrapped in {base.__name__}, which synchronises gradients in its forward; "
-                "bypassing it would train with unsynchronised gradients. Compute the whole critic loss in the forward "
-                "of a module and wrap that module instead"
-            )
+    refuse_wrapped(op, critic)
     return critic
 
 

@@ -18,6 +18,7 @@ from ._checks import (
     check_number,
     check_type,
 )
+from ._distributed import guard
 from .critic import Critic, Engine, Inputs, check_engine, critic_gradients, map_tensors, tensors_of
 
 __all__ = ["GradientPenalty", "gradient_penalty"]
@@ -147,6 +148,7 @@ def gradient_penalty(
     penalty = _penalty(norms, _target(at, target), one_sided, power)
     if reduction != "none":
         penalty = _REDUCTIONS[reduction](penalty)
+    penalty = guard("gradient_penalty", critic, penalty)
     return (penalty, norms.detach()) if return_norms else penalty
 
 
