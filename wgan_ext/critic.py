@@ -24,6 +24,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from . import _ops
 from ._checks import check_batch, check_type
 from ._distributed import guard, refuse_wrapped
+from ._transforms import engine_under_transforms, scores_and_gradients, transformed
 
 __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
 
@@ -146,6 +147,7 @@ def critic_gradients(
     check_type(op, "critic_args", critic_args, (tuple, list), "a tuple or list")
     check_type(op, "critic_kwargs", critic_kwargs or {}, Mapping, "a mapping")
     critic = _unwrap(op, critic)
+    engine = engine_under_transforms(op, engine)
     if engine != "autograd":
         extra_arguments = bool(critic_args or critic_kwargs)
         trace = _trace(critic, single=isinstance(x, Tensor), extra_arguments=extra_arguments)
@@ -361,6 +363,15 @@ def _double_backward(
             "others; put BatchNorm in eval mode, or normalize each sample by itself",
             stacklevel=4,
         )
+    if transformed():
+
+        def scores_of(points: Any) -> Tensor:
+            scores = critic(points, *critic_args, **critic_kwargs)
+            _check_scores(op, scores, tensors_of(op, "x", points)[0].shape[0])
+            return scores
+
+        _, structure = scores_and_gradients(scores_of, map_tensors(lambda t: t, x), mean_outputs)
+        return tensors_of(op, "x", structure)
     create_graph = torch.is_grad_enabled()
     # Not x itself, so that neither its grad nor its hooks are touched; a view of it where x is part of a graph.
     with torch.inference_mode(False), torch.enable_grad():
