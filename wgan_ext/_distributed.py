@@ -20,7 +20,11 @@ _SHARD_THE_LOSS = (
 
 
 def refuse_wrapped(op: str, critic: object) -> None:
-    """Raise NotImplementedError for a critic that gathers parameters or synchronises gradients in its own forward."""
+    """Raise NotImplementedError for a critic that gathers parameters or synchronises gradients in its own forward.
+
+    The layers are looked at only where there is a process group, without which nothing is sharded, and not in code that
+    is being compiled: torch.compile cannot follow how.
+    """
     for wrapper in (DistributedDataParallel, DataParallel):
         if isinstance(critic, wrapper):
             raise NotImplementedError(
@@ -29,11 +33,11 @@ def refuse_wrapped(op: str, critic: object) -> None:
                 "pass the wrapper's .module and add the penalty to a loss that has forwards of the wrapper"
             )
     _refuse_sharded(op, "the critic", critic)
-    if isinstance(critic, nn.Module) and _is_initialized():
+    if isinstance(critic, nn.Module) and _is_initialized() and not torch.compiler.is_compiling():
         for name, module in critic.named_modules():
             _refuse_sharded(op, f"layer {name!r} of the critic", module)
         for name, parameter in critic.named_parameters():
-            if _base_named(_DTENSOR, parameter):
+            if _base_named(_DTENSOR, type(parameter)):
                 raise NotImplementedError(
                     f"{op}: parameter {name!r} of the critic is a DTensor, of which each process holds a part: a "
                     f"module around the critic is sharded and this is not in its forward, or the critic is tensor "
@@ -42,17 +46,19 @@ def refuse_wrapped(op: str, critic: object) -> None:
 
 
 def _refuse_sharded(op: str, what: str, module: object) -> None:
-    if name := _base_named(_FSDP, module):
+    if name := _base_named(_FSDP, type(module)):
         raise NotImplementedError(
             f"{op}: {what} is sharded by FSDP ({name}), which gathers parameters and synchronises gradients in its "
             f"forward, and frees the parameters again after one backward pass. {_SHARD_THE_LOSS}"
         )
 
 
-def _base_named(names: tuple[str, ...], instance: object) -> str:
-    """Which of these classes of torch it is an instance of, or an empty string."""
-    found = (base.__name__ for base in type(instance).__mro__ if base.__module__.startswith("torch."))
-    return next((name for name in found if name in names), "")
+def _base_named(names: tuple[str, ...], kind: type) -> str:
+    """Which of these classes of torch is a base, or an empty string."""
+    for base in kind.__mro__:
+        if base.__name__ in names and base.__module__.startswith("torch."):
+            return base.__name__
+    return ""
 
 
 def guard(op: str, critic: object, result: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ def input_gradient(
         TypeError, ValueError: the critic loses the batch, ignores its input or returns no tensor, or x is not a
             floating-point batch of the critic's dtype and device.
         NotImplementedError: the critic is wrapped for data-parallel training, whose synchronisation of gradients
-            calling the engine would bypass.
+            calling the engine would bypass; or the analytic engine is asked for under a transform of torch.func.
+        RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
     check_batch("input_gradient", "x", x)
     (gradient,) = critic_gradients("input_gradient", critic, x, critic_args, critic_kwargs, engine, mean_outputs=False)

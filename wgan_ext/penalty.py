@@ -130,6 +130,7 @@ def gradient_penalty(
     Raises:
         TypeError, ValueError: an argument is not as above; the critic loses the batch or ignores its input.
         NotImplementedError: see ``input_gradient``; a generator, or the autograd engine, under torch.compile.
+        RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
     _check_options(at, target, power, p, reduction, output_reduction)
     points = _points(at, real, fake, mix, generator)
