@@ -19,6 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _ops
 from ._checks import check_batch, check_type
+from ._distributed import guard, refuse_wrapped
+from ._transforms import engine_under_transforms, scores_and_gradients, transformed
 from .plans import compute_dtype, plan_for, read_parameters
 from .tracing import LayerPlan
 
@@ -27,9 +29,6 @@ __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
 Engine: TypeAlias = Literal["auto", "analytic", "autograd"]
 Inputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"
 Critic: TypeAlias = Callable[..., Tensor]
-
-# Wrappers that synchronise gradients in their forward; named, since importing FSDP takes half a second.
-_SYNCHRONISING = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +86,12 @@ def input_gradient(
         TypeError, ValueError: the critic loses the batch, ignores its input or returns no tensor, or x is not a
             floating-point batch of the critic's dtype and device.
         NotImplementedError: the critic is wrapped for data-parallel training, whose synchronisation of gradients
-            calling the engine would bypass.
+            calling the engine would bypass; or the analytic engine is asked for under a transform of torch.func.
+        RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
     check_batch("input_gradient", "x", x)
     (gradient,) = critic_gradients("input_gradient", critic, x, critic_args, critic_kwargs, engine, mean_outputs=False)
-    return gradient.to(x.dtype)
+    return guard("input_gradient", critic, gradient.to(x.dtype))
 
 
 def explain(
@@ -118,13 +118,30 @@ def explain(
 
 @dataclasses.dataclass
 class Evaluation:
-    """What the analytic engine's operators need to know of a critic, besides its input."""
+    """One evaluation of a critic by the analytic engine, all but its input."""
 
     parameters: list[Tensor]
     program: list[int]
     scalars: list[float]
     compute_dtype: torch.dtype
     channels_last: bool
+    mean_outputs: bool
+
+    def scores_and_gradients(self, x: list[Tensor], scored: int, first: int, count: int) -> tuple[Tensor, list[Tensor]]:
+        """The scores of the first rows of x, and their gradients by x at ``count`` rows from ``first``."""
+        result: tuple[Tensor, list[Tensor]] = _ops.critic(
+            x,
+            self.parameters,
+            self.program,
+            self.scalars,
+            self.mean_outputs,
+            scored,
+            first,
+            count,
+            self.compute_dtype,
+            self.channels_last,
+        )
+        return result
 
 
 def evaluation(
@@ -134,6 +151,8 @@ def evaluation(
     critic_args: Sequence[Any] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
     engine: Engine = "auto",
+    *,
+    mean_outputs: bool = False,
     copies: int = 1,
 ) -> Evaluation | None:
     """Read the critic's weights for one evaluation by the analytic engine, or return None if autograd must do it.
@@ -144,6 +163,7 @@ def evaluation(
     check_type(op, "critic_args", critic_args, (tuple, list), "a tuple or list")
     check_type(op, "critic_kwargs", critic_kwargs or {}, Mapping, "a mapping")
     critic = _unwrap(op, critic)
+    engine = engine_under_transforms(op, engine)
     if engine == "autograd":
         return None
     args, kwargs = tuple(critic_args), dict(critic_kwargs or {})
@@ -160,7 +180,7 @@ def evaluation(
     channels_last = trace.images and (
         (first.device.type == "cpu" and dtype == torch.float32) or _ops.suggested_format(first) == torch.channels_last
     )
-    return Evaluation(parameters, trace.program, trace.scalars, dtype, channels_last)
+    return Evaluation(parameters, trace.program, trace.scalars, dtype, channels_last, mean_outputs)
 
 
 def critic_gradients(
@@ -177,23 +197,11 @@ def critic_gradients(
 
     ``mean_outputs`` averages a sample's outputs instead. The analytic engine returns float32 for 16-bit inputs.
     """
-    e = evaluation(op, critic, x, critic_args, critic_kwargs, engine)
-    if e is None:
+    analytic = evaluation(op, critic, x, critic_args, critic_kwargs, engine, mean_outputs=mean_outputs)
+    if analytic is None:
         return double_backward(op, critic, x, critic_args, critic_kwargs or {}, mean_outputs)[1]
     points = tensors_of(op, "x", x)
-    gradients: list[Tensor] = _ops.critic(
-        points,
-        e.parameters,
-        e.program,
-        e.scalars,
-        mean_outputs,
-        0,
-        0,
-        points[0].shape[0],
-        e.compute_dtype,
-        e.channels_last,
-    )[1]
-    return gradients
+    return analytic.scores_and_gradients(points, 0, 0, points[0].shape[0])[1]
 
 
 def check_engine(op: str, engine: str) -> None:
@@ -207,13 +215,7 @@ def _unwrap(op: str, critic: Critic) -> Critic:
     if not callable(critic):
         raise TypeError(f"{op}: critic must be callable, got {type(critic).__name__}")
     critic = _original(critic)
-    for base in type(critic).__mro__:
-        if base.__name__ in _SYNCHRONISING and base.__module__.startswith("torch."):
-            raise NotImplementedError(
-                f"{op}: the critic is wrapped in {base.__name__}, which synchronises gradients in its forward; "
-                "bypassing it would train with unsynchronised gradients. Compute the whole critic loss in the forward "
-                "of a module and wrap that module instead"
-            )
+    refuse_wrapped(op, critic)
     return critic
 
 
@@ -243,6 +245,15 @@ def double_backward(
             "others; put BatchNorm in eval mode, or normalize each sample by itself",
             stacklevel=4,
         )
+    if transformed():
+
+        def scores_of(points: Any) -> Tensor:
+            scores = critic(points, *critic_args, **critic_kwargs)
+            _check_scores(op, scores, tensors_of(op, "x", points)[0].shape[0])
+            return scores
+
+        outputs, structure = scores_and_gradients(scores_of, map_tensors(lambda t: t, x), mean_outputs)
+        return outputs, tensors_of(op, "x", structure)
     create_graph = torch.is_grad_enabled()
     # Not x itself, so that neither its grad nor its hooks are touched; a view of it where x is part of a graph.
     with torch.inference_mode(False), torch.enable_grad():

@@ -18,6 +18,7 @@ from ._checks import (
     check_number,
     check_type,
 )
+from ._distributed import guard
 from .critic import Critic, Engine, Inputs, check_engine, critic_gradients, map_tensors, tensors_of
 
 __all__ = ["GradientPenalty", "gradient_penalty"]
@@ -129,6 +130,7 @@ def gradient_penalty(
     Raises:
         TypeError, ValueError: an argument is not as above; the critic loses the batch or ignores its input.
         NotImplementedError: see ``input_gradient``; a generator, or the autograd engine, under torch.compile.
+        RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
     _check_options(at, target, power, p, reduction, output_reduction)
     points = _points(at, real, fake, mix, generator)
@@ -147,6 +149,7 @@ def gradient_penalty(
     penalty = _penalty(norms, _target(at, target), one_sided, power)
     if reduction != "none":
         penalty = _REDUCTIONS[reduction](penalty)
+    penalty = guard("gradient_penalty", critic, penalty)
     return (penalty, norms.detach()) if return_norms else penalty
 
 

@@ -373,9 +373,7 @@ def read_parameters(
         return read[source]
 
     for step in t.steps:
-        result = _function(step)(
-            *[decode(arg) for arg in step.args], **{key: decode(arg) for key, arg in step.kwargs}
-        )
+        result = _function(step)(*[decode(arg) for arg in step.args], **{key: decode(arg) for key, arg in step.kwargs})
         slots += tensors_in(result)
     return [decode(source) for source in t.parameters]
 
