@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args, overload
@@ -28,6 +29,96 @@ Reduction: TypeAlias = Literal["mean", "sum", "max", "none"]
 OutputReduction: TypeAlias = Literal["sum", "mean"]
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """What a penalty is made of, for a function of the name ``op``; see ``gradient_penalty``."""
+
+    op: str
+    at: Points
+    target: float | None
+    one_sided: bool
+    power: float
+    p: float
+    reduction: Reduction
+    output_reduction: OutputReduction
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("at", get_args(Points)),
+            ("reduction", get_args(Reduction)),
+            ("output_reduction", get_args(OutputReduction)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{self.op}: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        target = 0 if self.target is None else self.target
+        for name, number in (("target", target), ("power", self.power), ("p", self.p)):
+            check_number(self.op, name, number)
+        if not 0 <= target < math.inf:
+            raise ValueError(f"{self.op}: target must be a finite norm, at least 0, got {target}")
+        if not 1 <= self.power < math.inf:
+            raise ValueError(f"{self.op}: power must be at least 1 and finite, got {self.power}")
+        if not self.p >= 1:
+            raise ValueError(f"{self.op}: p must be the order of a norm, from 1 to inf, got {self.p}")
+
+    @property
+    def norm(self) -> float:
+        """The target, or its default."""
+        if self.target is None:
+            return 1.0 if self.at in ("interpolates", "noise") else 0.0
+        return self.target
+
+    @property
+    def mean_outputs(self) -> bool:
+        """Whether a sample's outputs are averaged."""
+        return self.output_reduction == "mean"
+
+    def points(
+        self, real: Inputs | None, fake: Inputs | None, mix: Tensor | None, generator: torch.Generator | None
+    ) -> Any:
+        """Where the gradient is taken, detached."""
+        if generator is not None:
+            check_type(self.op, "generator", generator, torch.Generator, "a torch.Generator")
+        if self.at == "real" or self.at == "fake":
+            x = real if self.at == "real" else fake
+            _first_batch(self.op, self.at, x)
+            return map_tensors(Tensor.detach, x)
+        first = _first_batch(self.op, "real", real)
+        if self.at == "interpolates":
+            _first_batch(self.op, "fake", fake)
+            _check_alike(self.op, real, fake)
+        factors = _factors(self.op, first, mix, generator)
+
+        def interpolate(real: Tensor, fake: Tensor) -> Tensor:
+            dtype = accumulation_dtype(real.dtype)
+            weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
+            return torch.lerp(fake.detach().to(dtype), real.detach().to(dtype), weight).to(real.dtype)
+
+        def perturb(real: Tensor) -> Tensor:
+            if real.numel() == 1:
+                raise ValueError(f'{self.op}: at="noise" needs the standard deviation of real, which has one element')
+            dtype = accumulation_dtype(real.dtype)
+            clean = real.detach().to(dtype)
+            weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
+            noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=dtype)
+            return (clean + weight * (0.5 * clean.std()) * noise).to(real.dtype)
+
+        return map_tensors(interpolate, real, fake) if self.at == "interpolates" else map_tensors(perturb, real)
+
+    def of(self, gradients: list[Tensor], points: Inputs, mask: Inputs | None) -> tuple[Tensor, Tensor]:
+        """The penalty of gradients, and the norms."""
+        if mask is not None:
+            gradients = _masked(self.op, gradients, points, mask)
+        norms = _norms(gradients, self.p)
+        excess = norms - self.norm if self.norm else norms
+        if self.one_sided:
+            excess = excess.relu()
+        if self.power == 2:
+            penalty = excess.square()
+        else:
+            penalty = excess.abs() if self.power == 1 else excess.abs().pow(self.power)
+        return (penalty if self.reduction == "none" else _REDUCTIONS[self.reduction](penalty)), norms
 
 
 @overload
@@ -132,24 +223,13 @@ def gradient_penalty(
         NotImplementedError: see ``input_gradient``; a generator, or the autograd engine, under torch.compile.
         RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
-    _check_options(at, target, power, p, reduction, output_reduction)
-    points = _points(at, real, fake, mix, generator)
+    kind = Penalty("gradient_penalty", at, target, one_sided, power, p, reduction, output_reduction)
+    points = kind.points(real, fake, mix, generator)
     gradients = critic_gradients(
-        "gradient_penalty",
-        critic,
-        points,
-        critic_args,
-        critic_kwargs,
-        engine,
-        mean_outputs=output_reduction == "mean",
+        kind.op, critic, points, critic_args, critic_kwargs, engine, mean_outputs=kind.mean_outputs
     )
-    if mask is not None:
-        gradients = _masked(gradients, points, mask)
-    norms = _norms(gradients, p)
-    penalty = _penalty(norms, _target(at, target), one_sided, power)
-    if reduction != "none":
-        penalty = _REDUCTIONS[reduction](penalty)
-    penalty = guard("gradient_penalty", critic, penalty)
+    penalty, norms = kind.of(gradients, points, mask)
+    penalty = guard(kind.op, critic, penalty)
     return (penalty, norms.detach()) if return_norms else penalty
 
 
@@ -176,7 +256,7 @@ class GradientPenalty(nn.Module):
         every: int = 1,
     ) -> None:
         super().__init__()
-        _check_options(at, target, power, p, reduction, output_reduction)
+        Penalty("GradientPenalty", at, target, one_sided, power, p, reduction, output_reduction)
         check_engine("GradientPenalty", engine)
         check_count("GradientPenalty", "every", every)
         self.options: dict[str, Any] = {
@@ -210,7 +290,7 @@ class GradientPenalty(nn.Module):
         self.calls += 1
         if not due:
             return self._nothing(
-                _first_batch("fake", fake) if self.options["at"] == "fake" else _first_batch("real", real)
+                _first_batch("gradient_penalty", *(("fake", fake) if self.options["at"] == "fake" else ("real", real)))
             )
         result: Tensor | tuple[Tensor, Tensor] = gradient_penalty(
             critic,
@@ -246,144 +326,6 @@ class GradientPenalty(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in {**self.options, "every": self.every}.items())
 
 
-def _check_options(
-    at: str, target: float | None, power: float, p: float, reduction: str, output_reduction: str
-) -> None:
-    for name, value, choices in (
-        ("at", at, get_args(Points)),
-        ("reduction", reduction, get_args(Reduction)),
-        ("output_reduction", output_reduction, get_args(OutputReduction)),
-    ):
-        if value not in choices:
-            raise ValueError(f"gradient_penalty: {name} must be one of {', '.join(choices)}, got {value!r}")
-    for name, number in (("target", 0 if target is None else target), ("power", power), ("p", p)):
-        check_number("gradient_penalty", name, number)
-    if target is not None and not 0 <= target < math.inf:
-        raise ValueError(f"gradient_penalty: target must be a finite norm, at least 0, got {target}")
-    if not 1 <= power < math.inf:
-        raise ValueError(f"gradient_penalty: power must be at least 1 and finite, got {power}")
-    if not p >= 1:
-        raise ValueError(f"gradient_penalty: p must be the order of a norm, from 1 to inf, got {p}")
-
-
-def _target(at: Points, target: float | None) -> float:
-    if target is None:
-        return 1.0 if at in ("interpolates", "noise") else 0.0
-    return target
-
-
-def _first_batch(name: str, x: Inputs | None) -> Tensor:
-    """Check that x is a batch, or several of one size, and return the first."""
-    if x is None:
-        raise ValueError(f"gradient_penalty: {name} is needed, got None")
-    tensors = tensors_of("gradient_penalty", name, x)
-    if not tensors:
-        raise ValueError(f"gradient_penalty: {name} must hold at least one tensor, got an empty {type(x).__name__}")
-    for t in tensors:
-        check_batch("gradient_penalty", name, t)
-        if t.shape[0] != tensors[0].shape[0]:
-            raise ValueError(
-                f"gradient_penalty: the tensors of {name} must have one batch size, got {tensors[0].shape[0]} and "
-                f"{t.shape[0]}"
-            )
-    return tensors[0]
-
-
-def _points(
-    at: Points, real: Inputs | None, fake: Inputs | None, mix: Tensor | None, generator: torch.Generator | None
-) -> Any:
-    """Where the gradient is taken, detached."""
-    if generator is not None:
-        check_type("gradient_penalty", "generator", generator, torch.Generator, "a torch.Generator")
-    if at == "real" or at == "fake":
-        x = real if at == "real" else fake
-        _first_batch(at, x)
-        return map_tensors(Tensor.detach, x)
-    first = _first_batch("real", real)
-    if at == "interpolates":
-        _first_batch("fake", fake)
-        _check_alike(real, fake)
-    factors = _factors(first, mix, generator)
-
-    def interpolate(real: Tensor, fake: Tensor) -> Tensor:
-        dtype = accumulation_dtype(real.dtype)
-        weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
-        return torch.lerp(fake.detach().to(dtype), real.detach().to(dtype), weight).to(real.dtype)
-
-    def perturb(real: Tensor) -> Tensor:
-        if real.numel() == 1:
-            raise ValueError('gradient_penalty: at="noise" needs the standard deviation of real, which has one element')
-        dtype = accumulation_dtype(real.dtype)
-        clean = real.detach().to(dtype)
-        weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
-        noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=dtype)
-        return (clean + weight * (0.5 * clean.std()) * noise).to(real.dtype)
-
-    return map_tensors(interpolate, real, fake) if at == "interpolates" else map_tensors(perturb, real)
-
-
-def _check_alike(real: Any, fake: Any) -> None:
-    """Raise unless fake is what real is, but for its values."""
-    for r, f in _pairs(real, "fake", fake):
-        if r.shape != f.shape:
-            raise ValueError(
-                f"gradient_penalty: fake must have the shape of real {tuple(r.shape)}, got {tuple(f.shape)}"
-            )
-        if r.dtype != f.dtype:
-            raise TypeError(f"gradient_penalty: fake must have the dtype of real ({r.dtype}), got {f.dtype}")
-        check_device("gradient_penalty", "fake", f, "real", r)
-
-
-def _pairs(real: Inputs, name: str, other: Inputs) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of real, each beside that of other; raises unless they are structured alike."""
-    reals, others = tensors_of("gradient_penalty", "real", real), tensors_of("gradient_penalty", name, other)
-    if type(real) is not type(other) and not (isinstance(real, Tensor) and isinstance(other, Tensor)):
-        raise TypeError(
-            f"gradient_penalty: {name} must have the structure of real ({type(real).__name__}), "
-            f"got {type(other).__name__}"
-        )
-    if isinstance(real, Mapping) and isinstance(other, Mapping):
-        if real.keys() != other.keys():
-            raise ValueError(f"gradient_penalty: {name} must have the keys of real ({list(real)}), got {list(other)}")
-        others = [other[key] for key in real]
-    if len(reals) != len(others):
-        raise ValueError(
-            f"gradient_penalty: {name} must hold as many tensors as real ({len(reals)}), got {len(others)}"
-        )
-    return list(zip(reals, others, strict=True))
-
-
-def _factors(first: Tensor, mix: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """One mixing factor for each sample, [B]."""
-    batch = first.shape[0]
-    if mix is None:
-        if generator is not None and torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "gradient_penalty: torch.compile cannot draw from a generator; draw mix outside and pass it"
-            )
-        return torch.rand(batch, generator=generator, device=first.device)
-    check_floating_tensor("gradient_penalty", "mix", mix)
-    if mix.dim() == 0 or mix.shape[0] != batch or mix.numel() != batch:
-        raise ValueError(
-            f"gradient_penalty: mix must have shape [B, 1, ..., 1] with B = {batch}, got {tuple(mix.shape)}"
-        )
-    check_device("gradient_penalty", "mix", mix, "real", first)
-    return mix.detach().reshape(batch)
-
-
-def _masked(gradients: list[Tensor], points: Inputs, mask: Inputs) -> list[Tensor]:
-    pairs = _pairs(points, "mask", mask)
-    for x, m in pairs:
-        check_type("gradient_penalty", "mask", m, Tensor, "a tensor")
-        check_device("gradient_penalty", "mask", m, "real", x)
-        if m.dim() > x.dim() or any(n not in (1, size) for n, size in zip(m.shape[::-1], x.shape[::-1], strict=False)):
-            raise ValueError(
-                f"gradient_penalty: mask must be broadcastable to the shape of real {tuple(x.shape)}, "
-                f"got {tuple(m.shape)}"
-            )
-    return [g * m.detach().to(accumulation_dtype(g.dtype)) for g, (_, m) in zip(gradients, pairs, strict=True)]
-
-
 def _norms(gradients: list[Tensor], p: float) -> Tensor:
     """The p-norm of each sample's gradients, [B], accumulated in float32 or better."""
     if len(gradients) == 1:
@@ -397,11 +339,69 @@ def _norms(gradients: list[Tensor], p: float) -> Tensor:
     return norms
 
 
-def _penalty(norms: Tensor, target: float, one_sided: bool, power: float) -> Tensor:
-    excess = norms - target if target else norms
-    if one_sided:
-        excess = excess.relu()
-    if power == 2:
-        return excess.square()
-    excess = excess.abs()
-    return excess if power == 1 else excess.pow(power)
+def _masked(op: str, gradients: list[Tensor], points: Inputs, mask: Inputs) -> list[Tensor]:
+    pairs = _pairs(op, points, "mask", mask)
+    for x, m in pairs:
+        check_type(op, "mask", m, Tensor, "a tensor")
+        check_device(op, "mask", m, "real", x)
+        if m.dim() > x.dim() or any(n not in (1, size) for n, size in zip(m.shape[::-1], x.shape[::-1], strict=False)):
+            raise ValueError(
+                f"{op}: mask must be broadcastable to the shape of real {tuple(x.shape)}, got {tuple(m.shape)}"
+            )
+    return [g * m.detach().to(accumulation_dtype(g.dtype)) for g, (_, m) in zip(gradients, pairs, strict=True)]
+
+
+def _first_batch(op: str, name: str, x: Inputs | None) -> Tensor:
+    """Check that x is a batch, or several of one size, and return the first."""
+    if x is None:
+        raise ValueError(f"{op}: {name} is needed, got None")
+    tensors = tensors_of(op, name, x)
+    if not tensors:
+        raise ValueError(f"{op}: {name} must hold at least one tensor, got an empty {type(x).__name__}")
+    for t in tensors:
+        check_batch(op, name, t)
+        if t.shape[0] != tensors[0].shape[0]:
+            raise ValueError(
+                f"{op}: the tensors of {name} must have one batch size, got {tensors[0].shape[0]} and {t.shape[0]}"
+            )
+    return tensors[0]
+
+
+def _check_alike(op: str, real: Any, fake: Any, *, same_batch: bool = True) -> None:
+    """Raise unless fake is what real is, but for its values and perhaps its number of samples."""
+    for r, f in _pairs(op, real, "fake", fake):
+        if (r.shape != f.shape) if same_batch else (r.shape[1:] != f.shape[1:]):
+            raise ValueError(f"{op}: fake must have the shape of real {tuple(r.shape)}, got {tuple(f.shape)}")
+        if r.dtype != f.dtype:
+            raise TypeError(f"{op}: fake must have the dtype of real ({r.dtype}), got {f.dtype}")
+        check_device(op, "fake", f, "real", r)
+
+
+def _pairs(op: str, real: Inputs, name: str, other: Inputs) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of real, each beside that of other; raises unless they are structured alike."""
+    reals, others = tensors_of(op, "real", real), tensors_of(op, name, other)
+    if type(real) is not type(other) and not (isinstance(real, Tensor) and isinstance(other, Tensor)):
+        raise TypeError(
+            f"{op}: {name} must have the structure of real ({type(real).__name__}), got {type(other).__name__}"
+        )
+    if isinstance(real, Mapping) and isinstance(other, Mapping):
+        if real.keys() != other.keys():
+            raise ValueError(f"{op}: {name} must have the keys of real ({list(real)}), got {list(other)}")
+        others = [other[key] for key in real]
+    if len(reals) != len(others):
+        raise ValueError(f"{op}: {name} must hold as many tensors as real ({len(reals)}), got {len(others)}")
+    return list(zip(reals, others, strict=True))
+
+
+def _factors(op: str, first: Tensor, mix: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """One mixing factor for each sample, [B]."""
+    batch = first.shape[0]
+    if mix is None:
+        if generator is not None and torch.compiler.is_compiling():
+            raise NotImplementedError(f"{op}: torch.compile cannot draw from a generator; draw mix outside and pass it")
+        return torch.rand(batch, generator=generator, device=first.device)
+    check_floating_tensor(op, "mix", mix)
+    if mix.dim() == 0 or mix.shape[0] != batch or mix.numel() != batch:
+        raise ValueError(f"{op}: mix must have shape [B, 1, ..., 1] with B = {batch}, got {tuple(mix.shape)}")
+    check_device(op, "mix", mix, "real", first)
+    return mix.detach().reshape(batch)
