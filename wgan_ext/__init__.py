@@ -16,10 +16,13 @@ from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_l
 from .penalty import GradientPenalty, gradient_penalty
 from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
 from .spectral import remove_spectral_norm, spectral_norm
+from .wgan_gp import CriticLoss, CriticLossParts, wgan_gp_loss
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildInfo",
+    "CriticLoss",
+    "CriticLossParts",
     "CriticPlan",
     "GradientPenalty",
     "LayerPlan",
@@ -39,4 +42,5 @@ __all__ = [
     "sinkhorn_divergence",
     "spectral_norm",
     "wasserstein_1d",
+    "wgan_gp_loss",
 ]

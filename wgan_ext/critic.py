@@ -143,6 +143,38 @@ class Evaluation:
         )
         return result
 
+    def loss(
+        self,
+        x: list[Tensor],
+        real: int,
+        scored: int,
+        first: int,
+        count: int,
+        weight: float,
+        target: float,
+        one_sided: bool,
+        power: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss, penalty, scores and norms of ``reference.critic_loss``, in one operator."""
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.critic_loss(
+            x,
+            self.parameters,
+            self.program,
+            self.scalars,
+            self.mean_outputs,
+            real,
+            scored,
+            first,
+            count,
+            self.compute_dtype,
+            self.channels_last,
+            weight,
+            target,
+            one_sided,
+            power,
+        )
+        return result
+
 
 def evaluation(
     op: str,
@@ -249,7 +281,7 @@ def double_backward(
 
         def scores_of(points: Any) -> Tensor:
             scores = critic(points, *critic_args, **critic_kwargs)
-            _check_scores(op, scores, tensors_of(op, "x", points)[0].shape[0])
+            check_scores(op, scores, tensors_of(op, "x", points)[0].shape[0])
             return scores
 
         outputs, structure = scores_and_gradients(scores_of, map_tensors(lambda t: t, x), mean_outputs)
@@ -268,7 +300,7 @@ def double_backward(
 
         outputs = critic(map_tensors(point, x), *critic_args, **critic_kwargs)
         batch = points[0].shape[0]
-        _check_scores(op, outputs, batch)
+        check_scores(op, outputs, batch)
         device_type = points[0].device.type
         weight = batch / outputs.numel() if mean_outputs else 1.0
         with torch.autocast(device_type, enabled=False):
@@ -284,7 +316,8 @@ def _couples_samples(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
-def _check_scores(op: str, scores: object, batch: int) -> None:
+def check_scores(op: str, scores: object, batch: int) -> None:
+    """Raise unless the critic returned at least one score for each sample, computed from its input."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"{op}: the critic must return a tensor, got {type(scores).__name__}")
     if not scores.is_floating_point():

@@ -62,6 +62,19 @@ class Penalty:
         if not self.p >= 1:
             raise ValueError(f"{self.op}: p must be the order of a norm, from 1 to inf, got {self.p}")
 
+    def check_loss(self, real: Inputs, fake: Inputs) -> None:
+        """Raise unless real and fake, and the reduction, suit a critic's loss."""
+        if self.reduction == "none":
+            raise ValueError(f"{self.op}: reduction must be one of mean, sum, max: a loss is one number, got 'none'")
+        _first_batch(self.op, "real", real)
+        _first_batch(self.op, "fake", fake)
+        _check_alike(self.op, real, fake, same_batch=self.at == "interpolates")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(self.op, "fake", fake)):
+            raise ValueError(
+                f"{self.op}: fake must not require grad: this is the critic's loss, which gives the generator no "
+                "gradient; pass fake.detach(), or generate under torch.no_grad()"
+            )
+
     @property
     def norm(self) -> float:
         """The target, or its default."""
