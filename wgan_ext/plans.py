@@ -12,6 +12,7 @@ import dis
 import functools
 import types
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class Plan:
     """The variables outside the critic that its forwards read: namespace or cell, name, value."""
     attributes: list[tuple[str, str, Any]] = dataclasses.field(default_factory=list)
     """The plain attributes of the critic's modules: path, name, value."""
+    plain: list[tuple[weakref.ref[nn.Module], str]] | None = None
+    """The module and name of each parameter of the trace, if all are parameters of modules: quick to read."""
 
     def holds(self) -> bool:
         """Whether the modules are still there and the variables have their values."""
@@ -72,6 +75,7 @@ class _Plans:
 
     def __init__(self) -> None:
         self.plans: dict[Any, Plan] = {}
+        self.last: tuple[list[Any], Plan] | None = None  # comparing keys is quicker than hashing one
         self.made = 0
         self.found = 0
 
@@ -100,20 +104,25 @@ def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str
     plans = _plans.get(critic)
     if plans is None:
         plans = _plans[critic] = _Plans()
-    try:
-        key = (_signature(x, args, kwargs), _autocast_dtype(tensors_in(x)[0]), *_state(critic))
-        plan = plans.plans.get(key)
-    except TypeError as error:
-        return _refusal(f"its state or arguments cannot be compared: {error}")
+    state = _state(critic)
+    state += (_signature(x, args, kwargs), _autocast_dtype(x if isinstance(x, Tensor) else tensors_in(x)[0]))
+    if plans.last is not None and plans.last[0] == state:
+        plan: Plan | None = plans.last[1]
+    else:
+        try:
+            plan = plans.plans.get(tuple(state))
+        except TypeError as error:
+            return _refusal(f"its state or arguments cannot be compared: {error}")
     if plan is not None and plan.holds():
         plans.found += 1
+        plans.last = state, plan
         return plan
     if plans.exhausted:
         return _refusal("its attributes, or the shapes of its arguments, change too often to trace it each time")
     plans.made += 1
     if len(plans.plans) >= 16:
         plans.plans.clear()
-    plan = plans.plans[key] = _make(critic, x, args, kwargs)
+    plan = plans.plans[tuple(state)] = _make(critic, x, args, kwargs)
     return plan
 
 
@@ -141,7 +150,9 @@ def _add_state(module: nn.Module, state: list[Any]) -> None:
     state += (id(module), module.__class__)
     attributes = module.__dict__
     for name, value in attributes.items():
-        if name not in _IGNORED:
+        if value.__class__ in _ATOMS:
+            state.append(value)
+        elif name not in _IGNORED and (value.__class__ is not OrderedDict or value):
             state.append(_frozen(value))
     for tensors in (attributes["_parameters"], attributes["_buffers"]):
         for tensor in tensors.values():
@@ -265,11 +276,22 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
             for name, value in module.__dict__.items()
             if isinstance(value, (bool, int, float, str)) and name not in _IGNORED
         ]
-        plan = Plan(made, modules, variables, attributes)
+        plan = Plan(made, modules, variables, attributes, _plain_parameters(made, critic, modules))
         made.obstacle = made.obstacle or blame or _disagreement(plan, critic, *some)
     if not made.obstacle and _state(critic) != before:
         made.obstacle = "its forward changes its attributes"
     return plan
+
+
+def _plain_parameters(
+    made: Trace, critic: nn.Module, modules: dict[str, weakref.ref[nn.Module]]
+) -> list[tuple[weakref.ref[nn.Module], str]] | None:
+    plain = []
+    for kind, path, name in made.parameters:
+        if kind != "attribute" or name not in critic.get_submodule(path)._parameters:
+            return None
+        plain.append((modules[path], name))
+    return None if made.steps or made.hooked else plain
 
 
 def _like(leaf: Any) -> Any:
@@ -346,6 +368,8 @@ def read_parameters(
     Further arguments that have a batch are repeated for ``copies`` batches.
     """
     t = plan.trace
+    if plan.plain is not None and not torch.compiler.is_compiling():  # which knows no weak references
+        return [module()._parameters[name] for module, name in plan.plain]  # type: ignore[union-attr, misc]
     if hooks:
         for path in t.hooked:
             module = _module(plan, critic, path)
@@ -379,7 +403,7 @@ def read_parameters(
 
 
 def _module(plan: Plan, critic: nn.Module, path: str) -> nn.Module:
-    if torch.compiler.is_compiling():  # which knows no weak references, and follows attributes
+    if torch.compiler.is_compiling():
         return critic.get_submodule(path)
     module = plan.modules[path]()
     assert module is not None, path  # the plan holds
