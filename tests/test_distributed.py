@@ -250,8 +250,10 @@ def penalties_of_other_kinds_alone_raise(engine: str) -> None:
 @check(engine=ENGINES)
 def penalty_accumulated_before_the_synchronised_pass(engine: str) -> None:
     ddp = DistributedDataParallel(make_critic())
+    outside = penalty_of(ddp.module, engine)
     with ddp.no_sync():
-        (10 * penalty_of(ddp.module, engine)).backward()
+        (4 * outside).backward()
+        (6 * penalty_of(ddp.module, engine)).backward()
     scores_loss(ddp).backward()
     assert_synchronised(ddp)
 
@@ -281,6 +283,22 @@ def critics_without_ddp_do_not_raise(engine: str) -> None:
     again.zero_grad()
     joint_loss(again, engine).backward()
     assert_synchronised(again)
+    assert_unsynchronised_raises("gradient_penalty", penalty_of(once_wrapped, engine).backward)
+
+
+@check(engine=ENGINES)
+def critics_are_seen_when_wrapped_later_or_again(engine: str) -> None:
+    critic = make_critic()
+    penalty_of(critic, engine).backward()
+    first = DistributedDataParallel(critic)
+    assert_unsynchronised_raises("gradient_penalty", penalty_of(critic, engine).backward)
+    second = DistributedDataParallel(critic)
+    for _ in range(2):
+        second.zero_grad()
+        joint_loss(second, engine).backward()
+        assert_synchronised(second)
+    assert_unsynchronised_raises("gradient_penalty", penalty_of(critic, engine).backward)
+    assert first.module is second.module
 
 
 @check(engine=ENGINES)
@@ -388,7 +406,7 @@ def run_checks(rank: int, folder: str) -> None:
     for name, run in CHECKS.items():
         try:
             run()
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             failures[name] = traceback.format_exc()
         dist.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps(failures))
