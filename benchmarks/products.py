@@ -1,20 +1,20 @@
 """The matrix products and convolutions of a critic: how many multiply-adds, and the least time they can take.
 
 A layer has three products, each of as many multiply-adds: forward y = x W^T, input dx = dy W, weight dW = dy^T x. A
-gradient penalty at B points is made of them: scores (forward), u-chain (input), v-chain (forward), dW = u^T v (weight),
-and for a smooth critic the derivative through its activations (input, weight). A critic loss has the scores of real and
+gradient penalty is made of them: activations (forward), u-chain (input), v-chain (forward), dW = u^T v (weight), and
+for a smooth critic the derivative through its activations (input, weight). The critic loss has the scores of real and
 fake and their derivative besides.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
+from contestant import Contestant
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,8 +50,7 @@ SMOOTH = Kind(
     loss=Needs(first=(4, 1, 4), inner=(4, 4, 4), last=(2, 0, 2)),
 )
 
-FASTEST_OF_SECONDS = 0.1
-FASTEST_OF = 3
+ROUNDS = 3
 
 
 class Layer:
@@ -96,16 +95,12 @@ class Layer:
 
 
 def fastest(call: Callable[[], object], device: torch.device) -> float:
-    """The least time of a call, after one to warm up."""
-    times: list[float] = []
-    call()
-    while len(times) < FASTEST_OF or sum(times) < FASTEST_OF_SECONDS:
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """The least time of a call, the mean of a round."""
+    contestant = Contestant(call, device)
+    contestant.calibrate()
+    for _ in range(ROUNDS):
+        contestant()
+    return min(contestant.seconds)
 
 
 def layers(critic: nn.Module, x: Tensor) -> list[Layer]:

@@ -6,7 +6,7 @@
     python benchmarks/report.py --write FILE...              # and put the tables into docs/performance.md
 
 A cell is the median time of a call, half its interquartile range in percent, and the time as a multiple of wgan_ext's.
-A second table has what else was measured: multiply-adds, how near their time is to the least possible, and memory.
+A second table has what else was measured: multiply-adds, how near they come to the best rate, and memory.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 OURS = "wgan_ext"
 LEGEND = """\
 Median time of a call, half its interquartile range, and the time as a multiple of wgan_ext's. Pairs give wgan_ext's
-figure first. Multiply-adds: of all matrix products and convolutions, against those that autograd computes. Share of the
-floor: the time that wgan_ext's products take one by one, each in its best layout and batch, in percent of its time.
-Peak memory: of tensors during a call, above what they take after it, against that of the fastest other."""
+figure first. Multiply-adds: of all matrix products and convolutions, against those that autograd computes. Best rate:
+that of wgan_ext's products timed one by one, each in its best layout and batch; the share of it is what the whole call
+reaches. Peak memory: of tensors during a call, above what they take after it, against that of the fastest other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +112,21 @@ def times(title: str, contests: dict[str, Contest]) -> list[list[str]]:
 
 def details(title: str, contests: dict[str, Contest]) -> list[list[str]]:
     """The table of what else was measured, without the columns that nothing is known for."""
-    rows = [[f"{title}: products and memory", "fastest other", "multiply-adds", "share of the floor", "peak memory"]]
+    rows = [
+        [f"{title}: products and memory", "fastest other", "multiply-adds", "share of the best rate", "peak memory"]
+    ]
     for name, contest in contests.items():
-        fastest, ours = contest.fastest_other(), contest.times[OURS]
-        products, peak = contest.multiply_adds, contest.peak_bytes
+        fastest, products, peak = contest.fastest_other(), contest.multiply_adds, contest.peak_bytes
+        rate = ""
+        if contest.floor_seconds is not None:
+            best = scaled(2 * products[OURS] / contest.floor_seconds, "FLOP/s")
+            rate = f"{100 * contest.floor_seconds / contest.times[OURS].median:.0f} % of {best}"
         rows.append(
             [
                 name,
                 f"{fastest} ({contest.times[fastest].ratio:.2f}x)",
                 " / ".join(scaled(count, "") for count in products.values()),
-                "" if contest.floor_seconds is None else f"{100 * contest.floor_seconds / ours.median:.0f} %",
+                rate,
                 f"{scaled(peak[OURS], 'B')} / {scaled(peak[fastest], 'B')}" if peak else "",
             ]
         )
