@@ -20,22 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-import wgan_ext
-from wgan_ext import GradientPenalty, explain, gradient_penalty, input_gradient
-
-if hasattr(wgan_ext, "CriticLoss"):
-    CriticLoss = wgan_ext.CriticLoss
-else:
-
-    class CriticLoss(nn.Module):  # stands in until the library has it
-        def __init__(self, critic: nn.Module, weight: float = 10.0, *, engine: Any = "auto") -> None:
-            super().__init__()
-            self.critic, self.weight, self.engine = critic, weight, engine
-
-        def forward(self, real: Tensor, fake: Tensor, *, mix: Tensor | None = None) -> Tensor:
-            penalty = gradient_penalty(self.critic, real, fake, mix=mix, engine=self.engine)
-            return self.critic(fake).mean() - self.critic(real).mean() + self.weight * penalty
-
+from wgan_ext import CriticLoss, GradientPenalty, explain, gradient_penalty, input_gradient
 
 ENGINES = ("autograd", "analytic")
 OPTIONS: dict[str, dict[str, bool]] = {
