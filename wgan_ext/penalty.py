@@ -20,7 +20,17 @@ from ._checks import (
     check_type,
 )
 from ._distributed import guard
-from .critic import Critic, Engine, Inputs, check_engine, critic_gradients, map_tensors, tensors_of
+from .critic import (
+    Critic,
+    Engine,
+    Evaluation,
+    Inputs,
+    check_engine,
+    double_backward,
+    evaluation,
+    map_tensors,
+    tensors_of,
+)
 
 __all__ = ["GradientPenalty", "gradient_penalty"]
 
@@ -133,6 +143,36 @@ class Penalty:
             penalty = excess.abs() if self.power == 1 else excess.abs().pow(self.power)
         return (penalty if self.reduction == "none" else _REDUCTIONS[self.reduction](penalty)), norms
 
+    def by_engine(
+        self,
+        analytic: Evaluation,
+        x: list[Tensor],
+        points: Inputs,
+        mask: Inputs | None,
+        *,
+        weight: float = 1.0,
+        real: int = 0,
+        scored: int = 0,
+        first: int = 0,
+        count: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, penalty, scores and norms where x holds ``real`` and other ``scored`` rows, and points from ``first``.
+
+        Only the loss need be differentiable; without scored rows it is the weighted penalty.
+        """
+        if mask is None and self.p == 2 and self.reduction in ("mean", "sum"):
+            total = count if self.reduction == "sum" else 1  # the operator averages
+            loss, penalty, scores, norms = analytic.loss(
+                x, real, scored, first, count, weight * total, self.norm, self.one_sided, self.power
+            )
+            return loss, penalty * total if total != 1 else penalty, scores, norms
+        scores, gradients = analytic.scores_and_gradients(x, scored, first, count)
+        penalty, norms = self.of(gradients, points, mask)
+        loss = weight * penalty
+        if scored:
+            loss = scores[real:].mean() - scores[:real].mean() + loss
+        return loss, penalty, scores, norms
+
 
 @overload
 def gradient_penalty(
@@ -238,10 +278,13 @@ def gradient_penalty(
     """
     kind = Penalty("gradient_penalty", at, target, one_sided, power, p, reduction, output_reduction)
     points = kind.points(real, fake, mix, generator)
-    gradients = critic_gradients(
-        kind.op, critic, points, critic_args, critic_kwargs, engine, mean_outputs=kind.mean_outputs
-    )
-    penalty, norms = kind.of(gradients, points, mask)
+    analytic = evaluation(kind.op, critic, points, critic_args, critic_kwargs, engine, mean_outputs=kind.mean_outputs)
+    if analytic is None:
+        gradients = double_backward(kind.op, critic, points, critic_args, critic_kwargs or {}, kind.mean_outputs)[1]
+        penalty, norms = kind.of(gradients, points, mask)
+    else:
+        x = tensors_of(kind.op, "points", points)
+        penalty, _, _, norms = kind.by_engine(analytic, x, points, mask, count=x[0].shape[0])
     penalty = guard(kind.op, critic, penalty)
     return (penalty, norms.detach()) if return_norms else penalty
 
