@@ -1040,7 +1040,8 @@ def mutate(draw: Draw, p: Program) -> None:
     if p.parameters and kind in ("parameters", "swap"):
         j = number(draw, 0, len(p.parameters) - 1)
         if kind == "swap":
-            p.parameters[j] = some(draw, (p.parameters[j][:0], p.parameters[j][..., :1], p.parameters[j - 1]))
+            P = p.parameters[j]
+            p.parameters[j] = some(draw, (P[None], P[None][:0], P[None][..., :1], P.flatten(), p.parameters[j - 1]))
         else:
             del p.parameters[j]
 
@@ -1088,7 +1089,7 @@ REFUSED: dict[str, tuple[list[int], str]] = {
         "not of one number of dimensions",
     ),
     "a parameter with too many dimensions": (
-        [Kind.MULTIPLY_PARAMETER, 2, 0, 2, 2, 4, 5],
+        [Kind.MULTIPLY_PARAMETER, 2, 0, 2, 1, 5],
         "a parameter of too many dimensions",
     ),
     "a resize of vectors": ([Kind.RESIZE, 4, 0, 0, 0, 0, 1, 7], "0 spatial dimensions"),

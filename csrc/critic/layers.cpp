@@ -1154,7 +1154,7 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     const size_t spatial = taken && !sizes[in[0]].empty() ? sizes[in[0]].size() - 1 : 0;
     TORCH_CHECK_VALUE((kind != adaptive_avg_pool && kind != resize) || (spatial && out.size() == spatial + 1), kOp,
                       ": program resizes samples with ", spatial, " spatial dimensions to shape ", out);
-    if (kind == add || kind == multiply || kind == cat)
+    if (kind == add || kind == multiply || kind == multiply_parameter || kind == cat)
       for (const int64_t value : in)
         TORCH_CHECK_VALUE(sizes[value].size() == out.size(), kOp, ": program joins samples that are not of one number ",
                           "of dimensions: ", sizes[value], " to make ", out);
