@@ -71,8 +71,7 @@ void Engine::analyse() {
                              (scored_.count && (layer.weight() >= 0 || layer.bias() >= 0));
     for (const int64_t input : layer.inputs) {
       used[input] = true;
-      if (weighed || (layer.keeps_inputs() && (moving || program_.curved || scored_.count)))
-        keeps_value_[input] = true;
+      if (weighed || (layer.keeps_inputs() && (moving || program_.curved || scored_.count))) keeps_value_[input] = true;
       needed[input] = needed[input] || keeps_value_[input];
     }
     runs_[i] = needed[value] || (layer.extras() && (moving || program_.curved));
