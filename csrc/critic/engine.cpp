@@ -108,8 +108,9 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
     Tensors in;
     for (const int64_t input : layer.inputs) in.push_back(--uses[input] ? values[input] : take(values[input]));
     Tensor value = layer.forward(frame_, std::move(in), all, tape_.extras[i]);
-    TORCH_CHECK_VALUE(value.sizes().slice(1) == layer.sizes, kOp, ": layer ", i, " makes samples of shape ",
-                      value.sizes().slice(1), ", where program says ", layer.sizes);
+    TORCH_CHECK_VALUE(value.size(0) == all.total && value.sizes().slice(1) == layer.sizes, kOp, ": layer ", i,
+                      " makes ", value.size(0), " samples of shape ", value.sizes().slice(1), ", where program says ",
+                      all.total, " of ", layer.sizes);
     store(program_.inputs + static_cast<int64_t>(i), std::move(value));
   }
 

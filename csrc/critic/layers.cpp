@@ -1153,8 +1153,16 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     const size_t spatial = taken && !sizes[in[0]].empty() ? sizes[in[0]].size() - 1 : 0;
     TORCH_CHECK_VALUE((kind != adaptive_avg_pool && kind != resize) || (spatial && out.size() == spatial + 1), kOp,
                       ": program resizes samples with ", spatial, " spatial dimensions to shape ", out);
+    if (kind == add || kind == multiply || kind == multiply_parameter || kind == cat)
+      for (const int64_t value : in)
+        TORCH_CHECK_VALUE(sizes[value].size() == out.size(), kOp, ": program joins samples that are not of one number ",
+                          "of dimensions: ", sizes[value], " to make ", out);
     std::unique_ptr<Layer> layer = make_layer(kind, reader, spatial);
     TORCH_CHECK_VALUE(reader.left() == 0, kOp, ": program has a record that is too long: ", record);
+    if (kind == multiply_parameter)
+      TORCH_CHECK_VALUE(parameters[layer->weight()].dim() <= static_cast<int64_t>(out.size()) + 1, kOp,
+                        ": program multiplies by a parameter of too many dimensions, ",
+                        parameters[layer->weight()].sizes(), ", to make ", out);
     layer->inputs = in.vec();
     layer->sizes = out;
     bool moves = false, parametric = layer->weight() >= 0 || layer->bias() >= 0;
