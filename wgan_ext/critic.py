@@ -261,7 +261,7 @@ def double_backward(
         warnings.warn(
             f"{op}: the critic normalizes over the batch, so that the gradient at a sample takes in the scores of the "
             "others; put BatchNorm in eval mode, or normalize each sample by itself",
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
     if transformed():
 
@@ -296,6 +296,14 @@ def double_backward(
     if all(gradient is None for gradient in gradients):
         raise ValueError(f"{op}: the critic's scores do not depend on its input")
     return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, points, strict=True)]
+
+
+def _callers_level() -> int:
+    """The stacklevel, for the function that calls this, of the code that called the library."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].startswith("wgan_ext."):
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def _couples_samples(module: nn.Module) -> bool:

@@ -1043,7 +1043,7 @@ std::unique_ptr<Layer> make_activation(Reader& r) {
     case elu:
       return std::make_unique<Elu>(r);
   }
-  r.scalars(0);  // the others have none
+  r.take();  // where its scalars would start
   switch (function) {
     case silu:
       return std::make_unique<Silu>();
