@@ -293,6 +293,46 @@ def test_lazy_penalty_in_the_loss_is_on_average_the_penalty() -> None:
     torch.testing.assert_close(total / 32, squares(of.critic, of.real).mean())
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("at", ["interpolates", "real", "fake", "noise"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "sum"},
+        {"reduction": "max", "one_sided": True},
+        {"target": 0.8, "one_sided": True},
+        {"power": 1.0},
+        {"power": 3.5, "one_sided": True, "reduction": "sum"},
+        {"p": 1.5, "reduction": "sum"},
+        {"mask": torch.arange(6) % 2, "reduction": "sum"},
+    ],
+    ids=str,
+)
+def test_losses_are_made_of_the_same_penalty(options: dict[str, Any], at: Any, engine: Any) -> None:
+    of = ingredients()
+    common = {"at": at, "mix": of.mix, "engine": engine} | options
+    parts = wgan_gp_loss(
+        of.critic, of.real, of.fake, 2.5, return_parts=True, generator=torch.Generator().manual_seed(3), **common
+    )
+    penalty, lengths = gradient_penalty(
+        of.critic, of.real, of.fake, return_norms=True, generator=torch.Generator().manual_seed(3), **common
+    )
+    assert_same(parts.loss, wasserstein(of) + 2.5 * penalty, of)
+    torch.testing.assert_close(parts.penalty, penalty.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.norms, lengths, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.real_scores, of.critic(of.real)[:, 0].detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.fake_scores, of.critic(of.fake)[:, 0].detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_conditions_are_rows_of_real_and_of_fake(engine: Any) -> None:
+    of = ingredients()
+    fake = torch.cat([of.fake, of.fake])
+    for labels in ({"critic_args": (of.labels,)}, {"critic_kwargs": {"labels": of.labels}}):
+        with pytest.raises(ValueError, match=r"wgan_gp_loss: fake must have as many samples as real \(11\), got 22"):
+            wgan_gp_loss(of.conditional_critic, of.real, fake, at="real", engine=engine, **labels)
+
+
 # The code blocks
 
 
@@ -366,6 +406,8 @@ def test_code_blocks_run(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if text.startswith("# needs a GPU"):
         text = text.replace("capturable=True", "capturable=False")
     exec(compile(text, f"docs/penalties.md, block {block}", "exec"), names)
+    if "distance" in names:
+        assert names["distance"].shape == (12, 1)
     for name in ("loss", "penalty", "consistency", "static_loss"):
         assert name not in names or names[name].isfinite()
     if "step()" in text:
