@@ -263,7 +263,7 @@ def gradient_penalty(
             the input where it is 0 are not constrained. For several inputs, a structure like real.
         generator: Source of mix and noise, on the device of the inputs; None is torch's own.
         mix: The mixing factors, [B, 1, ..., 1] or [B]; None draws one from U[0, 1) for each sample, in float32.
-        critic_args: Further positional arguments of the critic (labels, conditions); such critics take autograd.
+        critic_args: Further positional arguments of the critic (labels, conditions); tensors keep their rows.
         critic_kwargs: Further named arguments of the critic; the same.
         engine: "auto", "analytic" (raises where it cannot) or "autograd"; ``explain`` tells which "auto" takes.
         return_norms: Return also the norms, [B], detached.
@@ -293,8 +293,9 @@ class GradientPenalty(nn.Module):
     """``gradient_penalty`` with its options set once; on demand only at each k-th call (lazy regularisation).
 
     With ``every=k`` the first call and each k-th one after it return k times the penalty, the others a zero without
-    gradient (and, for ``return_norms``, no norms: shape [0]). Karras et al. 2020 (StyleGAN2, appendix B) then scale
-    Adam's learning rate by c = k / (k + 1) and raise its betas to the power c. The count is kept in ``state_dict``.
+    gradient (and, for ``return_norms``, no norms: shape [0]). Karras et al. 2020 (StyleGAN2, appendix B), who take the
+    penalty in a further step of the optimizer, then scale Adam's learning rate by c = k / (k + 1) and raise its betas
+    to the power c; as a term of the critic's loss it wants no such correction. The count is kept in ``state_dict``.
     """
 
     def __init__(

@@ -330,6 +330,7 @@ def _rows(leaf: Any, batch: int, n: int) -> Any:
 
 def _disagreement(plan: Plan, critic: nn.Module, x: Any, args: Any, kwargs: Any) -> str:
     """Compare the plan with autograd on a few samples; returns what is wrong."""
+    x = map_leaves(lambda t: t.nan_to_num(0, 0, 0), x)  # NaN agrees with nothing
     points = tensors_in(x)
     rows = points[0].shape[0]
     dtype = compute_dtype(points[0])

@@ -23,6 +23,7 @@ from .critic import (
     tensors_of,
 )
 from .penalty import OutputReduction, Penalty, Points
+from .tracing import tensors_in
 
 __all__ = ["CriticLoss", "CriticLossParts", "wgan_gp_loss"]
 
@@ -149,6 +150,11 @@ def wgan_gp_loss(
     kind.check_loss(real, fake)
     points = kind.points(real, fake, mix, generator)
     rows = _Rows(kind, real, fake, points)
+    if rows.real != rows.fake and any(t.shape[:1] == (rows.real,) for t in tensors_in((critic_args, critic_kwargs))):
+        raise ValueError(
+            f"{kind.op}: fake must have as many samples as real ({rows.real}), got {rows.fake}: critic_args and "
+            "critic_kwargs hold one row a sample, the same for both"
+        )
     analytic = evaluation(
         kind.op,
         critic,
