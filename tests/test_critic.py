@@ -103,7 +103,11 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "images": (
         lambda: nn.Sequential(
-            nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 5, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(),
+            nn.Conv2d(3, 8, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(8, 5, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
             nn.Linear(5 * 4 * 3, 1),
         ),
         (4, 3, 16, 12),
@@ -116,9 +120,13 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "grouped, dilated, uneven": (
         lambda: nn.Sequential(
-            nn.Conv2d(4, 8, (3, 2), (2, 1), (0, 3), (1, 2), groups=2), nn.ReLU(),
-            nn.Conv2d(8, 8, 3, padding="same", dilation=2, groups=8, bias=False), nn.LeakyReLU(),
-            nn.Conv2d(8, 3, 1, padding="valid"), nn.Flatten(2), nn.Flatten(),
+            nn.Conv2d(4, 8, (3, 2), (2, 1), (0, 3), (1, 2), groups=2),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding="same", dilation=2, groups=8, bias=False),
+            nn.LeakyReLU(),
+            nn.Conv2d(8, 3, 1, padding="valid"),
+            nn.Flatten(2),
+            nn.Flatten(),
         ),
         (3, 4, 9, 7),
     ),
@@ -141,7 +149,8 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{
         f"{n}-d convolution, same, uneven, {mode}": (
             lambda n=n, mode=mode: nn.Sequential(
-                CONV[n](2, 4, 4, padding="same", padding_mode=mode), nn.LeakyReLU(0.2),
+                CONV[n](2, 4, 4, padding="same", padding_mode=mode),
+                nn.LeakyReLU(0.2),
                 CONV[n](4, 2, 2, padding="same", dilation=3, groups=2),
             ),
             (3, 2, *(7, 6, 5)[:n]),
@@ -152,8 +161,10 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{
         f"{n}-d transposed convolution": (
             lambda n=n: nn.Sequential(
-                TRANSPOSED[n](2, 4, 3, stride=2, padding=1, output_padding=1, groups=2), nn.Tanh(),
-                TRANSPOSED[n](4, 1, 2, dilation=2, bias=False), nn.ReLU(),
+                TRANSPOSED[n](2, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+                nn.Tanh(),
+                TRANSPOSED[n](4, 1, 2, dilation=2, bias=False),
+                nn.ReLU(),
             ),
             (3, 2, *(4, 3, 3)[:n]),
         )
@@ -162,7 +173,9 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "bilinear": (
         lambda: Forward(
             lambda self, x: self.pair(self.left(x), self.right(x).relu()).tanh(),
-            left=nn.Linear(5, 4), right=nn.Linear(5, 3), pair=nn.Bilinear(4, 3, 2),
+            left=nn.Linear(5, 4),
+            right=nn.Linear(5, 3),
+            pair=nn.Bilinear(4, 3, 2),
         ),
         (6, 5),
     ),
@@ -172,34 +185,62 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     # activations
     **{
-        repr(f): (lambda f=f: nn.Sequential(nn.Linear(5, 8), f, nn.Linear(8, 6), copy.deepcopy(f), nn.Linear(6, 1)), (7, 5))
+        repr(f): (
+            lambda f=f: nn.Sequential(nn.Linear(5, 8), f, nn.Linear(8, 6), copy.deepcopy(f), nn.Linear(6, 1)),
+            (7, 5),
+        )
         for f in (
-            nn.PReLU(), nn.Hardtanh(-0.4, 0.3), nn.ReLU6(), nn.RReLU(0.1, 0.3).eval(), nn.SiLU(), nn.SiLU(inplace=True),
-            nn.GELU(), nn.GELU("tanh"), nn.Softplus(), nn.Softplus(2.0, 0.5), nn.Tanh(), nn.Sigmoid(), nn.ELU(),
-            nn.ELU(0.7, inplace=True), nn.SELU(), nn.CELU(0.6), nn.Mish(), nn.LogSigmoid(),
+            nn.PReLU(),
+            nn.Hardtanh(-0.4, 0.3),
+            nn.ReLU6(),
+            nn.RReLU(0.1, 0.3).eval(),
+            nn.SiLU(),
+            nn.SiLU(inplace=True),
+            nn.GELU(),
+            nn.GELU("tanh"),
+            nn.Softplus(),
+            nn.Softplus(2.0, 0.5),
+            nn.Tanh(),
+            nn.Sigmoid(),
+            nn.ELU(),
+            nn.ELU(0.7, inplace=True),
+            nn.SELU(),
+            nn.CELU(0.5),
+            nn.Mish(),
+            nn.LogSigmoid(),
         )
     },
     "PReLU of channels": (
-        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), nn.PReLU(5), nn.Conv2d(5, 1, 3), nn.PReLU()), (3, 2, 7, 6)
+        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), nn.PReLU(5), nn.Conv2d(5, 1, 3), nn.PReLU()),
+        (3, 2, 7, 6),
     ),
     "PReLU of a vector": (lambda: nn.Sequential(nn.Linear(5, 8), nn.PReLU(8), nn.Linear(8, 1)), (6, 5)),
     "GLU": (lambda: nn.Sequential(nn.Linear(5, 8), nn.GLU(), nn.Linear(4, 1)), (6, 5)),
     "GLU of channels": (lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.GLU(1), nn.Conv2d(3, 1, 2)), (3, 2, 7, 6)),
     "maxout": (
         lambda: Forward(
-            lambda self, x: self.b(self.a(x).unflatten(1, (4, 3)).max(2).values).view(-1, 2, 3).max(dim=1, keepdim=True)[0],
-            a=nn.Linear(5, 12), b=nn.Linear(4, 6),
+            lambda self, x: (
+                self.b(self.a(x).unflatten(1, (4, 3)).max(2).values).view(-1, 2, 3).max(dim=1, keepdim=True)[0]
+            ),
+            a=nn.Linear(5, 12),
+            b=nn.Linear(4, 6),
         ),
         (6, 5),
     ),
     "maximum": (
         lambda: Forward(
             lambda self, x: self.c(torch.max(torch.maximum(self.a(x), self.b(x)), self.floor)),
-            a=nn.Linear(5, 7), b=nn.Linear(5, 7), c=nn.Linear(7, 1), floor=nn.Parameter(torch.zeros(7)),
+            a=nn.Linear(5, 7),
+            b=nn.Linear(5, 7),
+            c=nn.Linear(7, 1),
+            floor=nn.Parameter(torch.zeros(7)),
         ),
         (6, 5),
     ),
-    "abs": (lambda: Forward(lambda self, x: self.b(abs(self.a(x)).abs()), a=nn.Linear(5, 7), b=nn.Linear(7, 1)), (6, 5)),
+    "abs": (
+        lambda: Forward(lambda self, x: self.b(abs(self.a(x)).abs()), a=nn.Linear(5, 7), b=nn.Linear(7, 1)),
+        (6, 5),
+    ),
     # normalization
     **{
         f"{n}-d batch norm in eval mode, affine={affine}": (
@@ -212,10 +253,12 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         for affine in (True, False)
     },
     "batch norm of vectors in eval mode": (
-        lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).eval(), (6, 5)
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).eval(),
+        (6, 5),
     ),
     "batch norm of sequences in eval mode": (
-        lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Conv1d(5, 2, 2), nn.BatchNorm1d(2)).eval(), (6, 5, 4)
+        lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Conv1d(5, 2, 2), nn.BatchNorm1d(2)).eval(),
+        (6, 5, 4),
     ),
     **{
         f"{n}-d instance norm, {options}": (
@@ -229,26 +272,41 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     },
     **{
         f"group norm, {options}": (
-            lambda options=options: nn.Sequential(nn.Conv2d(2, 6, 2), nn.GroupNorm(3, 6, **options), nn.ReLU(), nn.Conv2d(6, 1, 2)),
+            lambda options=options: nn.Sequential(
+                nn.Conv2d(2, 6, 2), nn.GroupNorm(3, 6, **options), nn.ReLU(), nn.Conv2d(6, 1, 2)
+            ),
             (3, 2, 5, 4),
         )
         for options in ({}, {"affine": False}, {"eps": 0.1})
     },
-    "group norm of vectors": (lambda: nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Linear(8, 1)), (6, 5)),
+    "group norm of vectors": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Linear(8, 1)),
+        (6, 5),
+    ),
     **{
         f"layer norm, {options}": (
-            lambda options=options: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8, **options), nn.GELU(), nn.Linear(8, 1)),
+            lambda options=options: nn.Sequential(
+                nn.Linear(5, 8), nn.LayerNorm(8, **options), nn.GELU(), nn.Linear(8, 1)
+            ),
             (6, 5),
         )
         for options in ({}, {"elementwise_affine": False}, {"bias": False}, {"eps": 0.1})
     },
     "layer norm of images": (
-        lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.LayerNorm([3, 4, 3]), nn.ReLU(), nn.LayerNorm(3), nn.Flatten(), nn.Linear(36, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 2), nn.LayerNorm([3, 4, 3]), nn.ReLU(), nn.LayerNorm(3), nn.Flatten(), nn.Linear(36, 1)
+        ),
         (3, 2, 5, 4),
     ),
     "dropout in eval mode": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 3, 2), nn.Dropout2d(), nn.ReLU(), nn.AlphaDropout(), nn.Flatten(), nn.Dropout(), nn.Linear(36, 1),
+            nn.Conv2d(2, 3, 2),
+            nn.Dropout2d(),
+            nn.ReLU(),
+            nn.AlphaDropout(),
+            nn.Flatten(),
+            nn.Dropout(),
+            nn.Linear(36, 1),
             nn.FeatureAlphaDropout(),
         ).eval(),
         (3, 2, 5, 4),
@@ -257,8 +315,14 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{
         f"{n}-d pools": (
             lambda n=n: nn.Sequential(
-                CONV[n](1, 2, 2), MAX_POOL[n](3, 2, 1), CONV[n](2, 2, 1), nn.SiLU(),
-                AVG_POOL[n](2, 2, 1, count_include_pad=False), CONV[n](2, 3, 1), nn.ReLU(), ADAPTIVE_POOL[n](2),
+                CONV[n](1, 2, 2),
+                MAX_POOL[n](3, 2, 1),
+                CONV[n](2, 2, 1),
+                nn.SiLU(),
+                AVG_POOL[n](2, 2, 1, count_include_pad=False),
+                CONV[n](2, 3, 1),
+                nn.ReLU(),
+                ADAPTIVE_POOL[n](2),
                 AVG_POOL[n](2),
             ),
             (3, 1, *(11, 9, 9)[:n]),
@@ -267,34 +331,57 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     },
     "pools with ceil_mode, dilation, a divisor": (
         lambda: nn.Sequential(
-            nn.Conv2d(1, 2, 1), nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True), nn.AvgPool2d((2, 3), 2, ceil_mode=True),
-            nn.Tanh(), nn.AvgPool2d(2, 1, divisor_override=3), nn.AdaptiveAvgPool2d((None, 1)),
+            nn.Conv2d(1, 2, 1),
+            nn.MaxPool2d(2, 2, dilation=2, ceil_mode=True),
+            nn.AvgPool2d((2, 3), 2, ceil_mode=True),
+            nn.Tanh(),
+            nn.AvgPool2d(2, 1, divisor_override=3),
+            nn.AdaptiveAvgPool2d((None, 1)),
         ),
         (3, 1, 12, 11),
     ),
     "pools by functions": (
         lambda: Forward(
-            lambda self, x: F.adaptive_avg_pool2d(F.avg_pool2d(F.max_pool2d(self.a(x), (2, 1)), 2, stride=1), (1, 2)).tanh(),
+            lambda self, x: F.adaptive_avg_pool2d(
+                F.avg_pool2d(F.max_pool2d(self.a(x), (2, 1)), 2, stride=1), (1, 2)
+            ).tanh(),
             a=nn.Conv2d(1, 2, 2),
         ),
         (3, 1, 9, 8),
     ),
     **{
         f"resize, {mode}, {options}": (
-            lambda mode=mode, options=options: nn.Sequential(CONV[n](1, 2, 2), nn.Upsample(mode=mode, **options), nn.SiLU(), CONV[n](2, 1, 2)),
+            lambda n=n, mode=mode, options=options: nn.Sequential(
+                CONV[n](1, 2, 2), nn.Upsample(mode=mode, **options), nn.SiLU(), CONV[n](2, 1, 2)
+            ),
             (2, 1, *(5, 4, 4)[:n]),
         )
-        for mode, dims in (("nearest", (1, 2, 3)), ("linear", (1,)), ("bilinear", (2,)), ("trilinear", (3,)), ("bicubic", (2,)))
+        for mode, dims in (
+            ("nearest", (1, 2, 3)),
+            ("linear", (1,)),
+            ("bilinear", (2,)),
+            ("trilinear", (3,)),
+            ("bicubic", (2,)),
+        )
         for n in dims
         for options in (
-            {"size": 5}, {"scale_factor": 2}, {"scale_factor": 1.7}, {"scale_factor": 1.7, "recompute_scale_factor": True},
-            *([] if mode == "nearest" else [{"size": 6, "align_corners": True}, {"scale_factor": 1.7, "align_corners": True}]),
+            {"size": 5},
+            {"scale_factor": 2},
+            {"scale_factor": 1.7},
+            {"scale_factor": 1.7, "recompute_scale_factor": True},
+            *(
+                []
+                if mode == "nearest"
+                else [{"size": 6, "align_corners": True}, {"scale_factor": 1.7, "align_corners": True}]
+            ),
         )
     },
     **{
         f"resize, {n}-d area": (
             lambda n=n: Forward(
-                lambda self, x: F.interpolate(F.interpolate(self.a(x), scale_factor=0.5, mode="area").tanh(), 3, mode="area"),
+                lambda self, x: F.interpolate(
+                    F.interpolate(self.a(x), scale_factor=0.5, mode="area").tanh(), 3, mode="area"
+                ),
                 a=CONV[n](1, 2, 2),
             ),
             (2, 1, *(9, 8, 8)[:n]),
@@ -311,18 +398,28 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 1, 9, 8),
     ),
     "pixel shuffle": (
-        lambda: nn.Sequential(nn.Conv2d(1, 8, 2), nn.PixelShuffle(2), nn.Tanh(), nn.PixelUnshuffle(3), nn.Conv2d(18, 1, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 8, 2), nn.PixelShuffle(2), nn.Tanh(), nn.PixelUnshuffle(3), nn.Conv2d(18, 1, 1)
+        ),
         (2, 1, 4, 7),
     ),
     "pads": (
         lambda: nn.Sequential(
-            nn.ZeroPad2d((1, -1, 0, 2)), nn.Conv2d(1, 2, 2), nn.ReflectionPad2d(1), nn.Tanh(), nn.ReplicationPad2d(2),
-            nn.Conv2d(2, 2, 2), nn.ConstantPad2d(1, 0.5), nn.CircularPad2d((1, 0, 2, 1)), nn.SiLU(), nn.Conv2d(2, 1, 1),
+            nn.ZeroPad2d((1, -1, 0, 2)),
+            nn.Conv2d(1, 2, 2),
+            nn.ReflectionPad2d(1),
+            nn.Tanh(),
+            nn.ReplicationPad2d(2),
+            nn.Conv2d(2, 2, 2),
+            nn.ConstantPad2d(1, 0.5),
+            nn.CircularPad2d((1, 0, 2, 1)),
+            nn.SiLU(),
+            nn.Conv2d(2, 1, 1),
         ),
         (2, 1, 4, 5),
     ),
     # structure
-    "residual in place": (lambda: nn.Sequential(nn.Linear(5, 6), Residual(6), Residual(6), nn.ReLU(True), nn.Linear(6, 1)), (7, 5)),
+    "residual in place": (lambda: nn.Sequential(nn.Linear(5, 6), Residual(6), Residual(6), nn.Linear(6, 1)), (7, 5)),
     "nested user modules in a ModuleList": (
         lambda: Forward(
             lambda self, x: sum(head(body(x)) for body, head in zip(self.bodies, self.heads.values(), strict=True)),
@@ -332,7 +429,9 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (7, 5),
     ),
     "a shared submodule": (
-        lambda: Forward(lambda self, x: self.head(self.body(self.body(x).relu()).tanh()), body=nn.Linear(5, 5), head=nn.Linear(5, 1)),
+        lambda: Forward(
+            lambda self, x: self.head(self.body(self.body(x).relu()).tanh()), body=nn.Linear(5, 5), head=nn.Linear(5, 1)
+        ),
         (7, 5),
     ),
     "an unused submodule": (lambda: Forward(lambda self, x: self.a(x), a=mlp(5, 6, 1), unused=nn.Linear(3, 3)), (7, 5)),
@@ -345,61 +444,94 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "cat and stack": (
         lambda: Forward(
-            lambda self, x: self.b(torch.stack([torch.cat([self.a(x), x.relu()], 1), torch.cat([x, self.a(x)], dim=-1)], 2).flatten(1)),
-            a=nn.Linear(5, 3), b=mlp(16, 4, 1),
+            lambda self, x: self.b(
+                torch.stack([torch.cat([self.a(x), x.relu()], 1), torch.cat([x, self.a(x)], dim=-1)], 2).flatten(1)
+            ),
+            a=nn.Linear(5, 3),
+            b=mlp(16, 4, 1),
         ),
         (7, 5),
     ),
     "cat and stack with parameters": (
         lambda: Forward(
-            lambda self, x: self.b(torch.stack([torch.cat([x, self.token.expand(len(x), 3) if False else x[:, :3]], 1), x.new_tensor(0) if False else F.pad(x, (0, 3))], 1)),
-            token=nn.Parameter(torch.randn(1, 3)), b=mlp(8, 4, 1),
+            lambda self, x: self.b(
+                torch.stack(
+                    [
+                        torch.cat([x, self.token.expand(len(x), 3) if False else x[:, :3]], 1),
+                        x.new_tensor(0) if False else F.pad(x, (0, 3)),
+                    ],
+                    1,
+                )
+            ),
+            token=nn.Parameter(torch.randn(1, 3)),
+            b=mlp(8, 4, 1),
         ),
         (7, 5),
     ),
     "scalar arithmetic": (
         lambda: Forward(
-            lambda self, x: self.b(((2 - self.a(x)) / 3 - (-x) * 0.5 + 1).relu().mul(2).sub(1).add(x, alpha=0.3)) * self.gain.exp(),
-            a=nn.Linear(5, 5), b=nn.Linear(5, 1), gain=nn.Parameter(torch.tensor(0.3)),
+            lambda self, x: (
+                self.b(((2 - self.a(x)) / 3 - (-x) * 0.5 + 1).relu().mul(2).sub(1).add(x, alpha=0.3)) * self.gain.exp()
+            ),
+            a=nn.Linear(5, 5),
+            b=nn.Linear(5, 1),
+            gain=nn.Parameter(torch.tensor(0.3)),
         ),
         (7, 5),
     ),
     "arithmetic with parameters": (
         lambda: Forward(
-            lambda self, x: ((self.a(x) - self.shift) / self.scale.exp() * self.scale + 1 - self.shift.rsub(1)).relu() @ self.last,
-            a=nn.Linear(5, 4), shift=nn.Parameter(torch.randn(4)), scale=nn.Parameter(torch.randn(1, 4)),
+            lambda self, x: (
+                ((self.a(x) - self.shift) / self.scale.exp() * self.scale + 1 - (1 - self.shift)).relu() @ self.last
+            ),
+            a=nn.Linear(5, 4),
+            shift=nn.Parameter(torch.randn(4)),
+            scale=nn.Parameter(torch.randn(1, 4)),
             last=nn.Parameter(torch.randn(4)),
         ),
         (7, 5),
     ),
     "arithmetic in place": (
-        lambda: Forward(lambda self, x: self.b(self.a(x).mul_(2).add_(1).relu_().div_(3).neg_()), a=nn.Linear(5, 4), b=nn.Linear(4, 1)),
+        lambda: Forward(
+            lambda self, x: self.b(self.a(x).mul_(2).add_(1).div_(3).neg_().relu_()),
+            a=nn.Linear(5, 4),
+            b=nn.Linear(4, 1),
+        ),
         (7, 5),
     ),
     "products of activations": (
         lambda: Forward(
             lambda self, x: self.c(self.a(x) * self.b(x).sigmoid() + self.a(x) ** 2 + torch.square(x[:, :1])),
-            a=nn.Linear(5, 4), b=nn.Linear(5, 4), c=nn.Linear(4, 1),
+            a=nn.Linear(5, 4),
+            b=nn.Linear(5, 4),
+            c=nn.Linear(4, 1),
         ),
         (7, 5),
     ),
     "equalised learning rate": (
         lambda: Forward(
             lambda self, x: F.linear(F.leaky_relu(F.linear(x, self.w * self.c, self.b * 0.1), 0.2), self.v * self.c),
-            w=nn.Parameter(torch.randn(6, 5)), b=nn.Parameter(torch.randn(6)), v=nn.Parameter(torch.randn(1, 6)), c=0.3,
+            w=nn.Parameter(torch.randn(6, 5)),
+            b=nn.Parameter(torch.randn(6)),
+            v=nn.Parameter(torch.randn(1, 6)),
+            c=0.3,
         ),
         (7, 5),
     ),
     "weights by matmul": (
         lambda: Forward(
             lambda self, x: torch.matmul((x @ self.w.t()).relu().mm(self.u.mT).tanh(), self.v),
-            w=nn.Parameter(torch.randn(6, 5)), u=nn.Parameter(torch.randn(4, 6)), v=nn.Parameter(torch.randn(4, 1)),
+            w=nn.Parameter(torch.randn(6, 5)),
+            u=nn.Parameter(torch.randn(4, 6)),
+            v=nn.Parameter(torch.randn(4, 1)),
         ),
         (7, 5),
     ),
     "a modulated weight": (  # weight demodulation, of parameters alone
         lambda: Forward(
-            lambda self, x: F.conv2d(x, self.w * torch.rsqrt(self.w.square().sum((1, 2, 3), keepdim=True) + 1e-8)).relu(),
+            lambda self, x: F.conv2d(
+                x, self.w * torch.rsqrt(self.w.square().sum((1, 2, 3), keepdim=True) + 1e-8)
+            ).relu(),
             w=nn.Parameter(torch.randn(3, 2, 2, 2)),
         ),
         (3, 2, 5, 4),
@@ -407,10 +539,14 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "slices": (
         lambda: Forward(
             lambda self, x: self.b(
-                self.a(x)[:, 1:].relu()[..., :-2, None].squeeze(-1) + self.a(x)[:, 0, None] + x.narrow(1, 1, 3)
-                + x.select(1, -1).unsqueeze(1) + x[:, 2:3]
+                self.a(x)[:, 1:].relu()[..., :-2, None].squeeze(-1)
+                + self.a(x)[:, 0, None]
+                + x.narrow(1, 1, 3)
+                + x.select(1, -1).unsqueeze(1)
+                + x[:, 2:3]
             ),
-            a=nn.Linear(5, 6), b=nn.Linear(3, 1),
+            a=nn.Linear(5, 6),
+            b=nn.Linear(3, 1),
         ),
         (7, 5),
     ),
@@ -421,62 +557,98 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
                 * torch.cat(list(torch.split(x, [1, 4], dim=1)) + [x.unbind(1)[2].unsqueeze(1)], 1)
                 + torch.cat(x.tensor_split(2, dim=1) + x.split(1, 1)[:1], 1)
             ),
-            a=nn.Linear(5, 6), b=nn.Linear(6, 1),
+            a=nn.Linear(5, 6),
+            b=nn.Linear(6, 1),
         ),
         (7, 5),
     ),
     "permutations": (
         lambda: Forward(
             lambda self, x: self.b(
-                (self.a(x.permute(0, 2, 3, 1)).movedim(-1, 1).relu() + self.c(x.transpose(1, -1)).transpose(-1, 1)).flatten(1)
+                (
+                    self.a(x.permute(0, 2, 3, 1)).movedim(-1, 1).relu() + self.c(x.transpose(1, -1)).transpose(-1, 1)
+                ).flatten(1)
             ).view(-1, 1),
-            a=nn.Linear(2, 3), b=nn.Linear(36, 1), c=nn.Linear(2, 3),
+            a=nn.Linear(2, 3),
+            b=nn.Linear(36, 1),
+            c=nn.Linear(2, 3),
         ),
         (3, 2, 4, 3),
     ),
     "reshapes": (
         lambda: Forward(
-            lambda self, x: self.b(self.a(x.view(len(x), -1)).unflatten(1, (2, 3)).reshape(x.size(0), 3, 2).relu()).squeeze(-1).unsqueeze(1).squeeze(),
-            a=nn.Linear(12, 6), b=nn.Linear(2, 1),
+            lambda self, x: (
+                self.b(self.a(x.view(len(x), -1)).unflatten(1, (2, 3)).reshape(x.size(0), 3, 2).relu())
+                .squeeze(-1)
+                .unsqueeze(1)
+                .squeeze()
+            ),
+            a=nn.Linear(12, 6),
+            b=nn.Linear(2, 1),
         ),
         (3, 2, 6),
     ),
     "means and sums": (
         lambda: Forward(
-            lambda self, x: self.b(self.a(x).relu().mean((2, 3))).sum(1) + self.a(x).sum(dim=[1, 2, 3]).tanh() + x.mean(dim=(1, 2, 3)) + x.sum(1, keepdim=True).mean((-1, -2)).sum(-1),
-            a=nn.Conv2d(2, 3, 2), b=nn.Linear(3, 2),
+            lambda self, x: (
+                self.b(self.a(x).relu().mean((2, 3))).sum(1)
+                + self.a(x).sum(dim=[1, 2, 3]).tanh()
+                + x.mean(dim=(1, 2, 3))
+                + x.sum(1, keepdim=True).mean((-1, -2)).sum(-1)
+            ),
+            a=nn.Conv2d(2, 3, 2),
+            b=nn.Linear(3, 2),
         ),
         (3, 2, 5, 4),
     ),
     "other spellings": (
         lambda: Forward(
             lambda self, x: torch.nn.functional.leaky_relu_(
-                F.relu_(torch.sigmoid(torch.tanh(torch.relu(self.a(x)).relu()).sigmoid()) - 0.6) + F.softplus(x).tanh_() - F.hardtanh(x, -0.2, 0.1)
-                + F.silu(F.gelu(F.elu(F.selu(F.celu(F.mish(F.logsigmoid(x))))))), 0.3
+                F.relu_(torch.sigmoid(torch.tanh(torch.relu(self.a(x)).relu()).sigmoid()) - 0.6)
+                + F.softplus(x).tanh_()
+                - F.hardtanh(x, -0.2, 0.1)
+                + F.silu(F.gelu(F.elu(F.selu(F.celu(F.mish(F.logsigmoid(x))))))),
+                0.3,
             ).abs(),
             a=nn.Linear(5, 5),
         ),
         (7, 5),
     ),
-    "casts": (lambda: Forward(lambda self, x: self.a(x.to(x.dtype).contiguous().clone().type_as(x)), a=mlp(5, 4, 1)), (7, 5)),
-    "expand": (
-        lambda: Forward(lambda self, x: self.a(x.unsqueeze(1).expand(-1, 3, -1) * self.w).tanh(), a=nn.Linear(5, 1), w=nn.Parameter(torch.randn(3, 1))),
+    "casts": (
+        lambda: Forward(lambda self, x: self.a(x.to(x.dtype).contiguous().clone().type_as(x)), a=mlp(5, 4, 1)),
         (7, 5),
     ),
-    "a buffer": (lambda: Forward(lambda self, x: self.a(x * self.running), a=mlp(5, 4, 1), running=nn.Buffer(torch.rand(5))), (7, 5)),
-    "a submodule that torch.compile wrapped": (
-        lambda: nn.Sequential(torch.compile(mlp(5, 8, 4), backend="eager"), nn.ReLU(), nn.Linear(4, 1)), (7, 5)
+    "expand": (
+        lambda: Forward(
+            lambda self, x: self.a(x.unsqueeze(1).expand(-1, 3, -1) * self.w).tanh(),
+            a=nn.Linear(5, 1),
+            w=nn.Parameter(torch.randn(3, 1)),
+        ),
+        (7, 5),
     ),
-    "frozen parameters": (lambda: nn.Sequential(mlp(5, 8, 4).requires_grad_(False), nn.SiLU(), nn.Linear(4, 1)), (7, 5)),
-}  # fmt: skip
+    "a buffer": (
+        lambda: Forward(lambda self, x: self.a(x * self.running), a=mlp(5, 4, 1), running=nn.Buffer(torch.rand(5))),
+        (7, 5),
+    ),
+    "a submodule that torch.compile wrapped": (
+        lambda: nn.Sequential(torch.compile(mlp(5, 8, 4), backend="eager"), nn.ReLU(), nn.Linear(4, 1)),
+        (7, 5),
+    ),
+    "frozen parameters": (
+        lambda: nn.Sequential(mlp(5, 8, 4).requires_grad_(False), nn.SiLU(), nn.Linear(4, 1)),
+        (7, 5),
+    ),
+}
 
 
 def parameter_gradients(gradient: Tensor, module: nn.Module) -> Gradients:
     """The derivative of something that takes in every entry of the gradient in its own way."""
     weights = torch.linspace(0.5, 1.5, gradient.numel(), dtype=gradient.dtype, device=gradient.device)
     total = (gradient * weights.view(gradient.shape)).square().sum()
-    parameters = list(module.parameters())
-    return list(torch.autograd.grad(total, parameters, allow_unused=True)) if parameters else []
+    moving = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    derivatives = torch.autograd.grad(total, list(moving.values()), allow_unused=True) if moving else ()
+    by_name = dict(zip(moving, derivatives, strict=True))
+    return [by_name.get(name) for name, _ in module.named_parameters()]
 
 
 def assert_same(got: Gradients, expected: Gradients, **tolerance: float) -> None:

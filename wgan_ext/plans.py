@@ -11,6 +11,7 @@ import dataclasses
 import dis
 import functools
 import types
+import warnings
 import weakref
 from typing import Any
 
@@ -250,7 +251,8 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
     before = _state(critic)
     variables, blame = _variables(critic)
     made = Trace()
-    with torch.inference_mode(False), frozen_weights(critic) as computed:
+    with torch.inference_mode(False), warnings.catch_warnings(), frozen_weights(critic) as computed:
+        warnings.simplefilter("ignore")  # the true forward warns, if there is one
         traces = []
         for n in (2, 3):
             some = map_leaves(functools.partial(_rows, batch=batch, n=n), (x, args, kwargs))
