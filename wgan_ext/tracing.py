@@ -262,7 +262,7 @@ class Recorder(TorchFunctionMode):
         self.handlers = handlers
         self.computed = computed
         self.trace = Trace()
-        self.batch = len(inputs[0])
+        self.batch, self.dtype = len(inputs[0]), inputs[0].dtype
         self.count = 0  # of values
         self.slots = 0
         self.kept: list[Any] = []  # so that no id is used twice
@@ -389,6 +389,8 @@ class Recorder(TorchFunctionMode):
             return -1
         if self.moves(tensor):
             raise Obstacle("has a weight that depends on the input")
+        if not tensor.is_floating_point():  # integers and masks
+            tensor = self.derive(Tensor.to, tensor, self.dtype)
         source = self.source(tensor)
         if source not in self.trace.parameters:
             self.trace.parameters.append(source)
