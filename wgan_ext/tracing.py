@@ -77,11 +77,11 @@ class Trace:
 
     def same_as(self, other: Trace) -> bool:
         """Whether both compute the same."""
-        return (self.program, self.scalars, self.parameters, len(self.steps)) == (
+        return (self.program, self.scalars, self.parameters, self.steps) == (
             other.program,
             other.scalars,
             other.parameters,
-            len(other.steps),
+            other.steps,
         )
 
 
