@@ -248,16 +248,17 @@ def _package(function: types.FunctionType) -> str:
 
 def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
     batch = tensors_in(x)[0].shape[0]
-    before = _state(critic)
     variables, blame = _variables(critic)
     made = Trace()
     with torch.inference_mode(False), warnings.catch_warnings(), frozen_weights(critic) as computed:
         warnings.simplefilter("ignore")  # the true forward warns, if there is one
-        traces = []
+        before, traces = _state(critic), []
         for n in (2, 3):
             some = map_leaves(functools.partial(_rows, batch=batch, n=n), (x, args, kwargs))
             traces.append(trace(critic, some[0], some[1], some[2], computed, lowering.HANDLERS))
         made = traces[0] if traces[0].obstacle else traces[1]
+        if not made.obstacle and _state(critic) != before:
+            made.obstacle = "its forward changes its attributes"
         if not made.obstacle and not traces[0].same_as(traces[1]):
             made.obstacle = "its forward depends on the number of samples"
         modules = {name: weakref.ref(module) for name, module in critic.named_modules()}
@@ -269,8 +270,6 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
         ]
         plan = Plan(made, modules, variables, attributes)
         made.obstacle = made.obstacle or blame or _disagreement(plan, critic, *some)
-    if not made.obstacle and _state(critic) != before:
-        made.obstacle = "its forward changes its attributes"
     return plan
 
 

@@ -8,6 +8,7 @@ evaluation, so that gradients flow through them. Whatever the program cannot hol
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,13 +144,15 @@ def hooked(module: nn.Module) -> str:
 
 @contextlib.contextmanager
 def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
-    """Make computed weights plain attributes for a while, and leave buffers and plain attributes as they were.
+    """Make computed weights plain attributes for a while, and leave buffers and attributes as they were.
 
     Yields the modules that have such weights, and whether hooks compute them.
     """
     modules = list(critic.modules())
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in critic.buffers()]
-    plain = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, (int, float, str))}) for m in modules]
+    places = [m.__dict__ for m in modules]
+    places += [v for place in places for v in place.values() if isinstance(v, (dict, list, set))]
+    before = [(place, copy.copy(place)) for place in places]
     undo: list[Callable[[], None]] = []
     computed: dict[nn.Module, bool] = {}
     try:
@@ -169,8 +172,24 @@ def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
             for buffer, version, value in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
-        for module, attributes in plain:
-            module.__dict__.update(attributes)
+        for place, contents in before:
+            _put_back(place, contents)
+
+
+def _put_back(place: Any, contents: Any) -> None:
+    """Make a dict, list or set what it was, unless it is that still."""
+    pairs = [list(c.items()) if isinstance(c, dict) else [(0, item) for item in c] for c in (place, contents)]
+    if len(pairs[0]) == len(pairs[1]) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(*pairs, strict=True)):
+        return
+    if isinstance(place, dict):
+        for key in place.keys() - contents.keys():
+            del place[key]
+        place.update(contents)
+    elif isinstance(place, list):
+        place[:] = contents
+    else:
+        place.clear()
+        place.update(contents)
 
 
 def _freeze_parametrizations(module: nn.Module) -> Callable[[], None]:
