@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import dis
+import enum
 import functools
 import types
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from . import _ops, lowering
 from .tracing import (
@@ -194,49 +197,113 @@ _MISSING = object()
 
 
 def _value_of(place: Any, name: str) -> Any:
-    return place.get(name, _MISSING) if isinstance(place, dict) else place.cell_contents
+    if isinstance(place, dict):
+        return place.get(name, _MISSING)
+    return place.cell_contents if isinstance(place, types.CellType) else getattr(place, name, _MISSING)
 
 
 def _variables(critic: nn.Module) -> tuple[list[tuple[Any, str, Any]], str]:
     """The variables outside of it that a critic's forwards read, or the name of one that cannot be compared."""
     found: list[tuple[Any, str, Any]] = []
     seen: set[Any] = set()
+    modules = set(critic.modules())
 
     def visit(function: Any, owner: type) -> str:
         code = getattr(function, "__code__", None)
-        if code is None or code in seen:
+        if code is None or (code, owner) in seen:
             return ""
-        seen.add(code)
+        seen.add((code, owner))
         package = _package(function)
         if package == "torch":
             return ""
-        places: list[tuple[Any, str]] = list(zip(function.__closure__ or (), code.co_freevars, strict=True))
-        for name in {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}:
-            if name in function.__globals__:
-                places.append((function.__globals__, name))
-        for place, name in places:
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+        for name, *attributes in _names_read(code):
+            place = cells.get(name, function.__globals__)
             try:
                 value = _value_of(place, name)
             except ValueError:  # an empty cell
                 continue
-            if value.__class__ in _ATOMS:
-                found.append((place, name, value))
-                same = isinstance(value, types.FunctionType) and _package(value) == package
-                if same and (blame := visit(value, owner)):
-                    return blame
-            elif not isinstance(value, types.ModuleType) and not callable(value):
-                return name
-        for name in code.co_names:  # methods of the module, among others
-            method = getattr(owner, name, None)
-            if isinstance(method, types.FunctionType) and (blame := visit(method, owner)):
+            while attributes and isinstance(value, (types.ModuleType, type)) and _root(value) not in _LIBRARIES:
+                place, name = value, attributes.pop(0)
+                value = _value_of(place, name)
+            if blame := judge(place, name, value, owner, package):
                 return blame
+        for name in _attributes_read(code):  # methods, among others; super() may call any of them
+            for kind in owner.__mro__:
+                if kind is nn.Module:
+                    break
+                value = vars(kind).get(name, _MISSING)
+                value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                if isinstance(value, types.FunctionType):
+                    blame = visit(value, owner)
+                else:
+                    blame = judge(kind, name, value, owner, package)
+                if blame:
+                    return blame
         return ""
 
-    for module in critic.modules():
-        blame = visit(getattr(module.forward, "__func__", module.forward), type(module))
-        if blame:
-            return found, f"a forward reads the variable {blame!r}, which may change unseen"
+    def judge(place: Any, name: str, value: Any, owner: type, package: str) -> str:
+        if value is _MISSING:  # a builtin
+            return ""
+        if _is_atom(value):
+            found.append((place, name, value))
+            same = isinstance(value, types.FunctionType) and _package(value) == package
+            return visit(value, owner) if same else ""
+        harmless = value in modules if isinstance(value, nn.Module) else callable(value)
+        return "" if harmless or isinstance(value, types.ModuleType) else name
+
+    lists = [m for m in modules if isinstance(m, ParametrizationList)]  # which the engine runs as they are
+    for module in modules.difference(*(m.modules() for m in lists)):
+        functions = [getattr(module.forward, "__func__", module.forward)]
+        functions += [value for value in module.__dict__.values() if isinstance(value, types.FunctionType)]
+        for function in functions:
+            if blame := visit(function, type(module)):
+                return found, f"a forward reads the variable {blame!r}, which may change unseen"
     return found, ""
+
+
+_LIBRARIES = ("torch", "math", "numpy", "builtins")
+
+
+def _root(value: Any) -> str:
+    """The package of a module or class."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+    return str(name).partition(".")[0]
+
+
+def _is_atom(value: Any) -> bool:
+    """Whether a variable's value is compared with == and cannot change otherwise."""
+    if isinstance(value, tuple):
+        return all(map(_is_atom, value))
+    return value.__class__ in _ATOMS or isinstance(value, enum.Enum)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code and that of the functions and comprehensions within."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _names_read(code: types.CodeType) -> Iterator[list[str]]:
+    """The global and enclosing variables that are read, each with the attributes that are read of it."""
+    for part in _codes(code):
+        chain: list[str] = []
+        for i in dis.get_instructions(part):
+            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") or (i.opname == "LOAD_DEREF" and i.argval in code.co_freevars):
+                if chain:
+                    yield chain
+                chain = [i.argval]
+            elif chain and i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                chain.append(i.argval)
+            elif chain:
+                yield chain
+                chain = []
+
+
+def _attributes_read(code: types.CodeType) -> set[str]:
+    return {name for part in _codes(code) for name in part.co_names}
 
 
 def _package(function: types.FunctionType) -> str:
