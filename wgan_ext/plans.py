@@ -31,6 +31,7 @@ from .tracing import (
     frozen_weights,
     leaves,
     map_leaves,
+    same_random_numbers,
     tensors_in,
     trace,
 )
@@ -314,16 +315,24 @@ def _package(function: types.FunctionType) -> str:
 
 
 def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    batch = tensors_in(x)[0].shape[0]
+    first = tensors_in(x)[0]
+    batch = first.shape[0]
     variables, blame = _variables(critic)
     made = Trace()
-    with torch.inference_mode(False), warnings.catch_warnings(), frozen_weights(critic) as computed:
+    with (
+        torch.inference_mode(False),
+        warnings.catch_warnings(),
+        same_random_numbers(first.device) as drawn,
+        frozen_weights(critic) as computed,
+    ):
         warnings.simplefilter("ignore")  # the true forward warns, if there is one
         before, traces = _state(critic), []
         for n in (2, 3):
             some = map_leaves(functools.partial(_rows, batch=batch, n=n), (x, args, kwargs))
             traces.append(trace(critic, some[0], some[1], some[2], computed, lowering.HANDLERS))
         made = traces[0] if traces[0].obstacle else traces[1]
+        if not made.obstacle and drawn():
+            made.obstacle = "its forward draws random numbers"
         if not made.obstacle and _state(critic) != before:
             made.obstacle = "its forward changes its attributes"
         if not made.obstacle and not traces[0].same_as(traces[1]):
@@ -359,7 +368,8 @@ def _unlike(structure: Any) -> Any:
 
 def _constant_plan(critic: nn.Module, likes: Any) -> Plan:
     """The plan, where torch.compile needs it as a constant."""
-    x, args, kwargs = _unlike(likes)
+    with same_random_numbers(torch.device("cpu")):
+        x, args, kwargs = _unlike(likes)
     return _plan_for(critic, x, args, kwargs)
 
 

@@ -11,6 +11,8 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -150,7 +152,7 @@ def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
     """
     modules = list(critic.modules())
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in critic.buffers()]
-    places = [m.__dict__ for m in modules]
+    places: list[Any] = [m.__dict__ for m in modules]
     places += [v for place in places for v in place.values() if isinstance(v, (dict, list, set))]
     before = [(place, copy.copy(place)) for place in places]
     undo: list[Callable[[], None]] = []
@@ -174,6 +176,32 @@ def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
                     buffer.copy_(value)
         for place, contents in before:
             _put_back(place, contents)
+
+
+@contextlib.contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Leave the random numbers of torch, Python and numpy as they were; yields whether some have been drawn."""
+    numpy = sys.modules.get("numpy")
+
+    def elsewhere() -> Any:
+        state = numpy.random.get_state() if numpy is not None else ("", None, 0, 0, 0.0)
+        return random.getstate(), state
+
+    def unlike(a: Any, b: Any) -> bool:
+        return a[0] != b[0] or a[1][2:] != b[1][2:] or (a[1][1] is not None and (a[1][1] != b[1][1]).any())
+
+    def of_torch() -> list[Tensor]:
+        return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+    others = elsewhere()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            states = of_torch()
+            yield lambda: unlike(elsewhere(), others) or not all(map(torch.equal, of_torch(), states))
+    finally:
+        random.setstate(others[0])
+        if numpy is not None:
+            numpy.random.set_state(others[1])
 
 
 def _put_back(place: Any, contents: Any) -> None:
