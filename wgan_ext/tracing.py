@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -356,6 +357,8 @@ class Recorder(TorchFunctionMode):
         if row >= 0:
             self.rows.append(LayerPlan(path, describe(module), "analytic", ""))
         self.running.append((path, module, row))
+        if not obstacle and isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            obstacle = "normalizes over the batch"
         if not obstacle and module in self.computed and module in self.called and module.training:
             obstacle = "runs more than once, and its weight is computed anew each time"
         if self.computed.get(module) and module not in self.called:
@@ -376,7 +379,7 @@ class Recorder(TorchFunctionMode):
         )
         plan = LayerPlan(path, layer, "autograd", reason)
         if row >= 0:
-            self.rows[row] = plan
+            self.rows[row] = plan if self.rows[row].engine == "analytic" else self.rows[row]
         elif layer:
             self.rows.append(plan)
         if not self.trace.obstacle:
