@@ -11,6 +11,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import threading
 import types
 import warnings
 import weakref
@@ -86,6 +87,7 @@ class _Plans:
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plans] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()  # tracing puts the critic's weights aside for a while
 
 
 def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
@@ -115,10 +117,11 @@ def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str
         return plan
     if plans.exhausted:
         return _refusal("its attributes, or the shapes of its arguments, change too often to trace it each time")
-    plans.made += 1
-    if len(plans.plans) >= 16:
-        plans.plans.clear()
-    plan = plans.plans[key] = _make(critic, x, args, kwargs)
+    with _lock:
+        plans.made += 1
+        if len(plans.plans) >= 16:
+            plans.plans.clear()
+        plan = plans.plans[key] = _make(critic, x, args, kwargs)
     return plan
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -307,6 +308,7 @@ class Recorder(TorchFunctionMode):
         handlers: Mapping[str, Handler],
     ) -> None:
         super().__init__()
+        self.thread = threading.get_ident()  # the hooks see the modules of all threads
         self.handlers = handlers
         self.computed = computed
         self.trace = Trace()
@@ -350,6 +352,8 @@ class Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, _: Any) -> None:
         """Note that a module starts to run."""
+        if threading.get_ident() != self.thread:
+            return
         path = self.paths.get(id(module), "")
         leaf = not module._modules.keys() - {"parametrizations"}
         obstacle = hooked(module)
@@ -369,7 +373,8 @@ class Recorder(TorchFunctionMode):
 
     def leave(self, *_: Any) -> None:
         """Note that a module ends."""
-        self.running.pop()
+        if threading.get_ident() == self.thread:
+            self.running.pop()
 
     def obstacle(self, function: str, reason: str) -> None:
         """Note that the running module, or a function that it calls, is an obstacle."""
