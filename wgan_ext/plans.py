@@ -11,6 +11,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import logging
 import threading
 import types
 import warnings
@@ -159,15 +160,20 @@ def _add_state(module: nn.Module, state: list[Any]) -> None:
             _add_state(child, state)
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: Any, depth: int = 0) -> Any:
     """Something hashable that differs where the value does, as far as a forward can depend on it."""
     if value.__class__ in _ATOMS:
         return value
     if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in value.items()) if value else ()
+        return tuple([(key, _frozen(item, depth)) for key, item in value.items()]) if value else ()
     if isinstance(value, (tuple, list)):
-        return tuple(map(_frozen, value))
-    return (value.shape, value.dtype) if isinstance(value, Tensor) else id(value)
+        return tuple([_frozen(item, depth) for item in value])
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    contents = getattr(value, "__dict__", None)  # of a configuration, say
+    if not contents or depth == 3 or isinstance(value, (nn.Module, type, types.ModuleType, logging.Logger)):
+        return id(value)
+    return id(value), _frozen(contents, depth + 1)
 
 
 def _signature(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
