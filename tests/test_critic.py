@@ -554,7 +554,7 @@ CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Forward(
             lambda self, x: self.b(
                 torch.cat([p.relu() * (i + 1) for i, p in enumerate(self.a(x).chunk(3, 1))], 1)
-                * torch.cat(list(torch.split(x, [1, 4], dim=1)) + [x.unbind(1)[2].unsqueeze(1)], 1)
+                * torch.cat([*torch.split(x, [1, 4], dim=1), x.unbind(1)[2].unsqueeze(1)], 1)
                 + torch.cat(x.tensor_split(2, dim=1) + x.split(1, 1)[:1], 1)
             ),
             a=nn.Linear(5, 6),
