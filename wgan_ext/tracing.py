@@ -174,7 +174,8 @@ def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
             restore()
         with torch.no_grad():
             for buffer, version, value in buffers:
-                if buffer._version != version:
+                # batch norm's kernels change running statistics without counting it as a change in place
+                if buffer._version != version or not torch.equal(buffer, value):
                     buffer.copy_(value)
         for place, contents in before:
             _put_back(place, contents)
