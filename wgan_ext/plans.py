@@ -63,14 +63,14 @@ class Plan:
     modules: dict[str, weakref.ref[nn.Module]]
     """By path; the plan keeps no critic alive."""
     variables: list[tuple[Any, str, Any]]
-    """The variables outside the critic that its forwards read: namespace or cell, name, value."""
+    """The variables outside the critic that its forwards read: namespace or cell, name, frozen value."""
     attributes: list[tuple[str, str, Any]] = dataclasses.field(default_factory=list)
     """The plain attributes of the critic's modules: path, name, value."""
 
     def holds(self) -> bool:
         """Whether the modules are still there and the variables have their values."""
         return all(module() is not None for module in self.modules.values()) and all(
-            _value_of(place, name) == value for place, name, value in self.variables
+            _frozen(_value_of(place, name)) == value for place, name, value in self.variables
         )
 
 
@@ -162,6 +162,10 @@ def _add_state(module: nn.Module, state: list[Any]) -> None:
 
 def _frozen(value: Any, depth: int = 0) -> Any:
     """Something hashable that differs where the value does, as far as a forward can depend on it."""
+    if isinstance(value, types.FunctionType):
+        return weakref.ref(value)  # its closure may hold the critic
+    if isinstance(value, types.MethodType):
+        return weakref.ref(value.__func__), id(value.__self__)
     if value.__class__ in _ATOMS:
         return value
     if isinstance(value, dict):
@@ -256,7 +260,8 @@ def _variables(critic: nn.Module) -> tuple[list[tuple[Any, str, Any]], str]:
         if value is _MISSING:  # a builtin
             return ""
         if _is_atom(value):
-            found.append((place, name, value))
+            if not isinstance(place, types.CellType) or not callable(value):  # the cell would keep the closure alive
+                found.append((place, name, _frozen(value)))
             same = isinstance(value, types.FunctionType) and _package(value) == package
             return visit(value, owner) if same else ""
         harmless = value in modules if isinstance(value, nn.Module) else callable(value)
