@@ -266,7 +266,7 @@ def double_backward(
     if transformed():
 
         def scores_of(points: Any) -> Tensor:
-            scores = critic(points, *critic_args, **critic_kwargs)
+            scores = called(op, critic, points, critic_args, critic_kwargs)
             check_scores(op, scores, tensors_of(op, "x", points)[0].shape[0])
             return scores
 
@@ -284,7 +284,7 @@ def double_backward(
             )
             return points[-1]
 
-        outputs = critic(map_tensors(point, x), *critic_args, **critic_kwargs)
+        outputs = called(op, critic, map_tensors(point, x), critic_args, critic_kwargs)
         batch = points[0].shape[0]
         check_scores(op, outputs, batch)
         device_type = points[0].device.type
@@ -304,6 +304,30 @@ def _callers_level() -> int:
     while frame.f_back and frame.f_globals["__name__"].startswith("wgan_ext."):
         level, frame = level + 1, frame.f_back
     return level + 1
+
+
+def called(op: str, critic: Critic, x: Inputs, critic_args: Sequence[Any], critic_kwargs: Mapping[str, Any]) -> Tensor:
+    """Call the critic; a forward that fails on inputs of another dtype or device than the critic's says so."""
+    try:
+        return critic(x, *critic_args, **critic_kwargs)
+    except RuntimeError as error:
+        first = tensors_of(op, "x", x)[0]
+        own = _first_floating(critic)
+        name = "x" if op == "input_gradient" else "real and fake"
+        if own is not None and own.device != first.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of the critic ({own.device}), got {first.device}"
+            ) from error
+        if own is not None and own.dtype != first.dtype and compute_dtype(first) == first.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the dtype of the critic ({own.dtype}), got {first.dtype}"
+            ) from error
+        raise
+
+
+def _first_floating(critic: Critic) -> Tensor | None:
+    parameters = critic.parameters() if isinstance(critic, nn.Module) else ()
+    return next((p for p in parameters if p.is_floating_point()), None)
 
 
 def _couples_samples(module: nn.Module) -> bool:

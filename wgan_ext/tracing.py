@@ -8,14 +8,19 @@ evaluation, so that gradients flow through them. Whatever the program cannot hol
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
+import random
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -77,11 +82,11 @@ class Trace:
 
     def same_as(self, other: Trace) -> bool:
         """Whether both compute the same."""
-        return (self.program, self.scalars, self.parameters, len(self.steps)) == (
+        return (self.program, self.scalars, self.parameters, self.steps) == (
             other.program,
             other.scalars,
             other.parameters,
-            len(other.steps),
+            other.steps,
         )
 
 
@@ -143,13 +148,15 @@ def hooked(module: nn.Module) -> str:
 
 @contextlib.contextmanager
 def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
-    """Make computed weights plain attributes for a while, and leave buffers and plain attributes as they were.
+    """Make computed weights plain attributes for a while, and leave buffers and attributes as they were.
 
     Yields the modules that have such weights, and whether hooks compute them.
     """
     modules = list(critic.modules())
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in critic.buffers()]
-    plain = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, (int, float, str))}) for m in modules]
+    places: list[Any] = [m.__dict__ for m in modules]
+    places += [v for place in places for v in place.values() if isinstance(v, (dict, list, set))]
+    before = [(place, copy.copy(place)) for place in places]
     undo: list[Callable[[], None]] = []
     computed: dict[nn.Module, bool] = {}
     try:
@@ -167,10 +174,53 @@ def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
             restore()
         with torch.no_grad():
             for buffer, version, value in buffers:
-                if buffer._version != version:
+                # batch norm's kernels change running statistics without counting it as a change in place
+                if buffer._version != version or not torch.equal(buffer, value):
                     buffer.copy_(value)
-        for module, attributes in plain:
-            module.__dict__.update(attributes)
+        for place, contents in before:
+            _put_back(place, contents)
+
+
+@contextlib.contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Leave the random numbers of torch, Python and numpy as they were; yields whether some have been drawn."""
+    numpy = sys.modules.get("numpy")
+
+    def elsewhere() -> Any:
+        state = numpy.random.get_state() if numpy is not None else ("", None, 0, 0, 0.0)
+        return random.getstate(), state
+
+    def unlike(a: Any, b: Any) -> bool:
+        return a[0] != b[0] or a[1][2:] != b[1][2:] or (a[1][1] is not None and (a[1][1] != b[1][1]).any())
+
+    def of_torch() -> list[Tensor]:
+        return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+    others = elsewhere()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            states = of_torch()
+            yield lambda: unlike(elsewhere(), others) or not all(map(torch.equal, of_torch(), states))
+    finally:
+        random.setstate(others[0])
+        if numpy is not None:
+            numpy.random.set_state(others[1])
+
+
+def _put_back(place: Any, contents: Any) -> None:
+    """Make a dict, list or set what it was, unless it is that still."""
+    pairs = [list(c.items()) if isinstance(c, dict) else [(0, item) for item in c] for c in (place, contents)]
+    if len(pairs[0]) == len(pairs[1]) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(*pairs, strict=True)):
+        return
+    if isinstance(place, dict):
+        for key in place.keys() - contents.keys():
+            del place[key]
+        place.update(contents)
+    elif isinstance(place, list):
+        place[:] = contents
+    else:
+        place.clear()
+        place.update(contents)
 
 
 def _freeze_parametrizations(module: nn.Module) -> Callable[[], None]:
@@ -259,10 +309,11 @@ class Recorder(TorchFunctionMode):
         handlers: Mapping[str, Handler],
     ) -> None:
         super().__init__()
+        self.thread = threading.get_ident()  # the hooks see the modules of all threads
         self.handlers = handlers
         self.computed = computed
         self.trace = Trace()
-        self.batch = len(inputs[0])
+        self.batch, self.dtype = len(inputs[0]), inputs[0].dtype
         self.count = 0  # of values
         self.slots = 0
         self.kept: list[Any] = []  # so that no id is used twice
@@ -302,6 +353,8 @@ class Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, _: Any) -> None:
         """Note that a module starts to run."""
+        if threading.get_ident() != self.thread:
+            return
         path = self.paths.get(id(module), "")
         leaf = not module._modules.keys() - {"parametrizations"}
         obstacle = hooked(module)
@@ -309,6 +362,8 @@ class Recorder(TorchFunctionMode):
         if row >= 0:
             self.rows.append(LayerPlan(path, describe(module), "analytic", ""))
         self.running.append((path, module, row))
+        if not obstacle and isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            obstacle = "normalizes over the batch"
         if not obstacle and module in self.computed and module in self.called and module.training:
             obstacle = "runs more than once, and its weight is computed anew each time"
         if self.computed.get(module) and module not in self.called:
@@ -319,7 +374,8 @@ class Recorder(TorchFunctionMode):
 
     def leave(self, *_: Any) -> None:
         """Note that a module ends."""
-        self.running.pop()
+        if threading.get_ident() == self.thread:
+            self.running.pop()
 
     def obstacle(self, function: str, reason: str) -> None:
         """Note that the running module, or a function that it calls, is an obstacle."""
@@ -329,7 +385,7 @@ class Recorder(TorchFunctionMode):
         )
         plan = LayerPlan(path, layer, "autograd", reason)
         if row >= 0:
-            self.rows[row] = plan
+            self.rows[row] = plan if self.rows[row].engine == "analytic" else self.rows[row]
         elif layer:
             self.rows.append(plan)
         if not self.trace.obstacle:
@@ -389,6 +445,8 @@ class Recorder(TorchFunctionMode):
             return -1
         if self.moves(tensor):
             raise Obstacle("has a weight that depends on the input")
+        if not tensor.is_floating_point():  # integers and masks
+            tensor = self.derive(Tensor.to, tensor, self.dtype)
         source = self.source(tensor)
         if source not in self.trace.parameters:
             self.trace.parameters.append(source)

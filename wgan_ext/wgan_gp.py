@@ -15,6 +15,7 @@ from .critic import (
     Critic,
     Engine,
     Inputs,
+    called,
     check_engine,
     check_scores,
     double_backward,
@@ -229,7 +230,7 @@ def _by_autograd(
         return flat.mean(1) if kind.mean_outputs else flat.sum(1)
 
     def evaluated(x: Inputs, batch: int) -> Tensor:
-        return scores_of(critic(map_tensors(Tensor.detach, x), *critic_args, **critic_kwargs), batch)
+        return scores_of(called(kind.op, critic, map_tensors(Tensor.detach, x), critic_args, critic_kwargs), batch)
 
     def at_points() -> Tensor:
         outputs, gradients[:] = double_backward(kind.op, critic, points, critic_args, critic_kwargs, kind.mean_outputs)
