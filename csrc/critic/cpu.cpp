@@ -1,4 +1,4 @@
-// Activations and masks on the CPU: one pass over memory each, 8 or 16 elements and their signs at a time.
+// Activations, masks and norms on the CPU: one pass over memory each, 8 or 16 elements and their signs at a time.
 #include "../parallel.h"
 #include "kernels.h"
 // last: see simd.h
@@ -177,17 +177,50 @@ void mask(const T* in, int64_t in_rows, const uint8_t* signs, double slope, T* o
     mask_all<T, false>(in, in_rows, signs, T(slope), out, rows, columns);
 }
 
+// The sum of (x / scale)^2, in double.
+template <typename T>
+double sum_of_squares(const T* x, int64_t n, double scale) {
+  typedef T Part __attribute__((vector_size(Vec<double>::size * sizeof(T))));
+  const Vec<double> scales = Vec<double>::fill(scale);
+  Vec<double> total = Vec<double>::zero();
+  int64_t i = 0;
+  for (; i + Vec<double>::size <= n; i += Vec<double>::size) {
+    Part part;
+    std::memcpy(&part, x + i, sizeof part);
+    Vec<double> a = {__builtin_convertvector(part, typename Vec<double>::Register)};
+    if (sizeof(T) == 8) a = a / scales;
+    total = fma(a, a, total);
+  }
+  double result = sum(total);
+  for (; i < n; ++i) result += (double(x[i]) / scale) * (double(x[i]) / scale);
+  return result;
+}
+
+template <typename T>
+void norms(const T* in, T* norms, int64_t rows, int64_t columns, Stream) {
+  const int64_t share = greatest<int64_t>(kTile / greatest<int64_t>(columns, 1), 1);
+  parallel_for(ceil_div(rows, share), [=](int64_t task) {
+    for (int64_t row = task * share; row < least((task + 1) * share, rows); ++row) {
+      const T* x = in + row * columns;
+      double largest = 0;
+      for (int64_t i = 0; sizeof(T) == 8 && i < columns; ++i) largest = greatest<double>(largest, __builtin_fabs(x[i]));
+      const double scale = norm_scale<T>(largest);
+      norms[row] = T(scale * __builtin_sqrt(sum_of_squares(x, columns, scale)));
+    }
+  });
+}
+
 }  // namespace
 
 template <>
 const Kernels<float>& table<float>() {
-  static constexpr Kernels<float> kernels{activate<float>, mask<float>};
+  static constexpr Kernels<float> kernels{activate<float>, mask<float>, norms<float>};
   return kernels;
 }
 
 template <>
 const Kernels<double>& table<double>() {
-  static constexpr Kernels<double> kernels{activate<double>, mask<double>};
+  static constexpr Kernels<double> kernels{activate<double>, mask<double>, norms<double>};
   return kernels;
 }
 

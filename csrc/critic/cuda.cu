@@ -1,10 +1,11 @@
-// Activations and masks on the GPU.
+// Activations, masks and norms on the GPU.
 //
-// A thread takes 8 columns of a row and the byte of their signs: 16-byte loads and stores where rows are aligned, and a
-// warp's bytes lie side by side. Each kernel reads and writes what it must once, so memory bandwidth bounds it. Blocks
-// are `width` threads across and kThreads / width rows deep, so that narrow rows fill them too.
+// Of the first two a thread takes 8 columns of a row and the byte of their signs: 16-byte loads and stores where rows
+// are aligned, and a warp's bytes lie side by side. Each kernel reads and writes what it must once, so memory bandwidth
+// bounds it. Blocks are `width` threads across and kThreads / width rows deep, so that narrow rows fill them too.
 #include "../cuda/half.cuh"
 #include "../cuda/launch.cuh"
+#include "../cuda/reduce.cuh"
 #include "kernels.h"
 
 namespace wgan_ext::critic {
@@ -108,6 +109,29 @@ __global__ void __launch_bounds__(kThreads, 4)
   });
 }
 
+// A block takes a row at a time.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) norms_kernel(const T* in, T* norms, int64_t rows, int64_t columns) {
+  __shared__ double scratch[device::kWarp];
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const T* x = in + row * columns;
+    double largest = 0, sum = 0;
+    if (sizeof(T) == 8) {
+      for (int64_t i = threadIdx.x; i < columns; i += kThreads) largest = fmax(largest, fabs(double(widen(x[i]))));
+      largest = device::block_reduce<device::Max>(largest, scratch, 0.0);
+      __syncthreads();
+    }
+    const double scale = norm_scale<T>(largest);
+    for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
+      const double scaled = double(widen(x[i])) / scale;
+      sum += scaled * scaled;
+    }
+    sum = device::block_reduce<device::Sum>(sum, scratch, 0.0);
+    if (threadIdx.x == 0) narrow(norms[row], ComputeT<T>(scale * sqrt(sum)));
+    __syncthreads();
+  }
+}
+
 struct Shape {
   dim3 grid;
   int width;
@@ -151,7 +175,13 @@ void mask(const T* in, int64_t in_rows, const uint8_t* signs, double slope, T* o
 }
 
 template <typename T>
-constexpr Kernels<T> kTable{activate<T>, mask<T>};
+void norms(const T* in, T* norms, int64_t rows, int64_t columns, Stream stream) {
+  const auto blocks = static_cast<unsigned>(rows < kBlocks ? rows : kBlocks);
+  WGAN_EXT_LAUNCH((norms_kernel<T>), blocks, kThreads, 0, stream, in, norms, rows, columns);
+}
+
+template <typename T>
+constexpr Kernels<T> kTable{activate<T>, mask<T>, norms<T>};
 
 }  // namespace
 

@@ -307,32 +307,4 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
   return result;
 }
 
-bool Engine::moves(int64_t parameter) const {
-  for (const auto i : c10::irange(program_.layers.size())) {
-    const Layer& layer = *program_.layers[i];
-    const auto value = program_.inputs + static_cast<int64_t>(i);
-    if (layer.weight() == parameter && (scored_.count || program_.moving[layer.inputs[0]])) return true;
-    if (layer.bias() == parameter && scored_.count) return true;
-    if ((layer.weight() == parameter || layer.bias() == parameter) && program_.curved && program_.bent[value])
-      return true;
-  }
-  return false;
-}
-
-bool Engine::reaches(int64_t parameter) const {
-  for (const auto i : c10::irange(program_.layers.size())) {
-    const Layer& layer = *program_.layers[i];
-    if ((layer.weight() == parameter || layer.bias() == parameter) &&
-        program_.bent[program_.inputs + static_cast<int64_t>(i)])
-      return true;
-  }
-  return moves(parameter);
-}
-
-bool Engine::bends_input() const {
-  for (const auto i : c10::irange(program_.inputs))
-    if (program_.bent[i]) return true;
-  return false;
-}
-
 }  // namespace wgan_ext::critic

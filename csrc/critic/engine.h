@@ -46,12 +46,6 @@ class Engine {
   };
   Backward backward(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted, bool of_x);
 
-  // Whether a parameter's gradient is not identically zero, whether it exists at all, and the same of the input.
-  bool moves(int64_t parameter) const;
-  bool reaches(int64_t parameter) const;
-  bool bends_input() const;
-  bool curved() const { return program_.curved; }
-
  private:
   void analyse();
   Kept kept(const Layer& layer, size_t index, Rows rows) const;

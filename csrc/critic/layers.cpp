@@ -96,7 +96,7 @@ int64_t product(IntArrayRef shape) {
 Frame::Frame(const Tensor& x, TensorList given, at::ScalarType compute_dtype, bool channels_last)
     : options(x.options().dtype(compute_dtype)),
       images(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous) {
-  for (const Tensor& parameter : given) parameters.push_back(parameter.to(compute_dtype));
+  for (const Tensor& parameter : given) parameters.push_back(arrange(parameter.to(compute_dtype)));
 }
 
 Gradients::Gradients(size_t parameters, IntArrayRef wanted)
@@ -1116,6 +1116,15 @@ std::unique_ptr<Layer> make_layer(int64_t kind, Reader& r, size_t spatial_dims) 
 
 }  // namespace
 
+Tensor norms_of_samples(const Tensor& t) {
+  const int64_t batch = t.size(0);
+  const Tensor norms = at::empty({batch}, t.options());
+  with_kernels(t, [&](const auto& kernels, Stream stream) {
+    kernels.norms(input(t, kernels), output(norms, kernels), batch, product(t.sizes()) / batch, stream);
+  });
+  return norms;
+}
+
 Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars)
     : inputs(static_cast<int64_t>(x.size())) {
   std::vector<Shape> sizes;
@@ -1188,6 +1197,32 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     before->adds_bias = false;
     activation->bias_in = before->b;
   }
+}
+
+bool Program::moves(int64_t parameter, bool scored) const {
+  for (const auto i : c10::irange(layers.size())) {
+    const Layer& layer = *layers[i];
+    const auto value = inputs + static_cast<int64_t>(i);
+    if (layer.weight() == parameter && (scored || moving[layer.inputs[0]])) return true;
+    if (layer.bias() == parameter && scored) return true;
+    if ((layer.weight() == parameter || layer.bias() == parameter) && curved && bent[value]) return true;
+  }
+  return false;
+}
+
+bool Program::reaches(int64_t parameter, bool scored) const {
+  for (const auto i : c10::irange(layers.size())) {
+    const Layer& layer = *layers[i];
+    if ((layer.weight() == parameter || layer.bias() == parameter) && bent[inputs + static_cast<int64_t>(i)])
+      return true;
+  }
+  return moves(parameter, scored);
+}
+
+bool Program::bends_input() const {
+  for (const auto i : c10::irange(inputs))
+    if (bent[i]) return true;
+  return false;
 }
 
 }  // namespace wgan_ext::critic

@@ -119,9 +119,17 @@ struct Program {
 
   Program(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars);
   int64_t values() const { return inputs + static_cast<int64_t>(layers.size()); }
+
+  // Whether a parameter's gradient is not identically zero, whether it exists at all, and the same of the input.
+  bool moves(int64_t parameter, bool scored) const;
+  bool reaches(int64_t parameter, bool scored) const;
+  bool bends_input() const;
 };
 
 int64_t product(IntArrayRef shape);
+
+// The 2-norm of each sample, [batch]; t is dense.
+Tensor norms_of_samples(const Tensor& t);
 
 // Whether nobody else holds the tensor's memory, so that it may be overwritten.
 inline bool ours(const Tensor& t) { return t.use_count() == 1 && t.storage().use_count() == 1; }

@@ -3,10 +3,10 @@
 #define AT_PER_OPERATOR_HEADERS  // before ATen/TensorOperators.h, which else includes every operator
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/dot.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/hypot.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -15,7 +15,6 @@
 
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -137,21 +136,11 @@ Tensor per_sample(const Tensor& t, int64_t dims) {
   return t.view(shape);
 }
 
-// The 2-norm of each sample's gradient, over all inputs. It overflows only where it cannot be represented.
+// The 2-norm of each sample's gradient, over all inputs.
 Tensor norms_of(const Tensors& gradients) {
   Tensor norms;
   for (const Tensor& gradient : gradients) {
-    const Tensor g = gradient.dim() > 1 ? gradient : gradient.unsqueeze(1);
-    Shape dims(g.dim() - 1);
-    std::iota(dims.begin(), dims.end(), 1);
-    Tensor part;
-    if (g.scalar_type() == at::kDouble) {
-      using Limits = std::numeric_limits<double>;
-      const Tensor scale = at::linalg_vector_norm(g, INFINITY, dims, true).clamp_(Limits::min(), Limits::max());
-      part = at::linalg_vector_norm(g / scale, 2, dims).mul_(scale.view(-1));
-    } else {
-      part = at::linalg_vector_norm(g, 2, dims, false, at::kDouble).to(g.scalar_type());
-    }
+    const Tensor part = norms_of_samples(gradient);
     norms = norms.defined() ? at::hypot(norms, part) : part;
   }
   return norms;
@@ -175,14 +164,14 @@ Evaluated apply(const Loss& l, const Engine::Forward& critic, bool differentiate
   };
   e.penalty = raised(l.power).mean();
   e.loss = e.penalty * l.weight;
-  if (scored) e.loss.add_(e.scores.narrow(0, real, fake).mean()).sub_(e.scores.narrow(0, 0, real).mean());
-  if (!differentiate) return e;
-
   e.of_scores = at::empty_like(e.scores);
   if (scored) {
     e.of_scores.narrow(0, 0, real).fill_(-1.0 / static_cast<double>(real));
     e.of_scores.narrow(0, real, fake).fill_(1.0 / static_cast<double>(fake));
+    e.loss.add_(at::dot(e.scores, e.of_scores));
   }
+  if (!differentiate) return e;
+
   // A norm of 0, or so small that its inverse overflows, has the derivative 0.
   const double least =
       e.norms.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
@@ -285,23 +274,22 @@ struct Saved {
     const TensorList all = TensorList(tensors).slice(extra), x = all.slice(0, inputs),
                      given = all.slice(inputs, parameters), kept = all.slice(inputs + parameters);
     const Options& o = options;
-    const Rows points{o.first, o.count, x[0].size(0)};
-    const Engine engine(x, given, program, scalars, o.scored, points, o.compute_dtype, o.channels_last);
+    const Program critic(x, given, program, scalars);
 
     // As autograd does: what only moves a sign gets zeros, what does not reach the gradient gets none.
     Variables result(inputs + parameters);
     Shape wanted;
     for (const auto i : c10::irange(parameters)) {
       if (!ctx->needs_input_grad(inputs + i)) continue;
-      if (engine.moves(static_cast<int64_t>(i)))
+      if (critic.moves(static_cast<int64_t>(i), o.scored > 0))
         wanted.push_back(static_cast<int64_t>(i));
-      else if (engine.reaches(static_cast<int64_t>(i)))
+      else if (critic.reaches(static_cast<int64_t>(i), o.scored > 0))
         result[inputs + i] = at::zeros_like(given[i]);
     }
     bool of_x = false;
     for (const auto i : c10::irange(inputs)) of_x = of_x || ctx->needs_input_grad(i);
     TORCH_CHECK_NOT_IMPLEMENTED(!of_x || o.scored == 0, kOp, ": x cannot be differentiated where it is scored");
-    const bool curved = of_x && engine.curved();
+    const bool curved = of_x && critic.curved;
     const Variables computed = op.call(grad_scores, grad_gradients, x, given, kept, program, scalars, o.scored, o.first,
                                        o.count, o.compute_dtype, o.channels_last, wanted, curved);
     for (const auto i : c10::irange(wanted.size())) result[inputs + wanted[i]] = computed[i];
@@ -309,7 +297,7 @@ struct Saved {
       if (!ctx->needs_input_grad(i)) continue;
       if (curved)
         result[i] = computed[wanted.size() + i];
-      else if (engine.bends_input())
+      else if (critic.bends_input())
         result[i] = at::zeros_like(x[i]);
     }
     return result;
@@ -374,7 +362,6 @@ struct CriticLoss : torch::autograd::Function<CriticLoss> {
 struct Once : torch::autograd::Function<Once> {
   template <typename Call>
   static Variables forward(Context*, TensorList, TensorList, const Call& call) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
     return call();
   }
 
@@ -390,12 +377,15 @@ Tensors critic_backward_autograd(OptionalTensor grad_scores, TensorList grad_gra
                                  int64_t scored, int64_t first, int64_t count, at::ScalarType compute_dtype,
                                  bool channels_last, IntArrayRef wanted, bool of_x) {
   static const auto op = typed_handle<decltype(critic_backward)>("wgan_ext::critic_backward");
-  Tensors grads = grad_gradients.vec();
-  if (grad_scores) grads.push_back(*grad_scores);
-  return Once::apply(TensorList(grads), parameters, [&] {
+  const auto call = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
     return op.call(grad_scores, grad_gradients, x, parameters, kept, program, scalars, scored, first, count,
                    compute_dtype, channels_last, wanted, of_x);
-  });
+  };
+  if (!at::GradMode::is_enabled()) return call();
+  Tensors grads = grad_gradients.vec();
+  if (grad_scores) grads.push_back(*grad_scores);
+  return Once::apply(TensorList(grads), parameters, call);
 }
 
 std::tuple<Tensor, Tensors> critic_autograd(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars,
