@@ -1,4 +1,5 @@
-// Activations, masks and norms on the CPU: one pass over memory each, 8 or 16 elements and their signs at a time.
+// Activations, masks, norms and penalties on the CPU: one pass over memory each, 8 or 16 elements and their signs at a
+// time.
 #include "../parallel.h"
 #include "kernels.h"
 // last: see simd.h
@@ -210,17 +211,28 @@ void norms(const T* in, T* norms, int64_t rows, int64_t columns, Stream) {
   });
 }
 
+template <typename T>
+void penalty(const T* norms, int64_t count, Penalty penalty, double weight, T* value, T* loss, T* slopes, Stream) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    total += penalty.value(norms[i]);
+    if (slopes) slopes[i] = T(weight / double(count) * penalty.slope<T>(norms[i]));
+  }
+  *value = T(total / double(count));
+  *loss = T(weight * (total / double(count)));
+}
+
 }  // namespace
 
 template <>
 const Kernels<float>& table<float>() {
-  static constexpr Kernels<float> kernels{activate<float>, mask<float>, norms<float>};
+  static constexpr Kernels<float> kernels{activate<float>, mask<float>, norms<float>, penalty<float>};
   return kernels;
 }
 
 template <>
 const Kernels<double>& table<double>() {
-  static constexpr Kernels<double> kernels{activate<double>, mask<double>, norms<double>};
+  static constexpr Kernels<double> kernels{activate<double>, mask<double>, norms<double>, penalty<double>};
   return kernels;
 }
 

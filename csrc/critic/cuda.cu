@@ -1,4 +1,4 @@
-// Activations, masks and norms on the GPU.
+// Activations, masks, norms and penalties on the GPU.
 //
 // Of the first two a thread takes 8 columns of a row and the byte of their signs: 16-byte loads and stores where rows
 // are aligned, and a warp's bytes lie side by side. Each kernel reads and writes what it must once, so memory bandwidth
@@ -132,6 +132,24 @@ __global__ void __launch_bounds__(kThreads) norms_kernel(const T* in, T* norms, 
   }
 }
 
+// One block takes all.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    penalty_kernel(const T* norms, int64_t count, Penalty penalty, double weight, T* value, T* loss, T* slopes) {
+  __shared__ double scratch[device::kWarp];
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    const auto norm = double(widen(norms[i]));
+    total += penalty.value(norm);
+    if (slopes) narrow(slopes[i], ComputeT<T>(weight / double(count) * penalty.slope<ComputeT<T>>(norm)));
+  }
+  total = device::block_reduce<device::Sum>(total, scratch, 0.0);
+  if (threadIdx.x == 0) {
+    narrow(*value, ComputeT<T>(total / double(count)));
+    narrow(*loss, ComputeT<T>(weight * (total / double(count))));
+  }
+}
+
 struct Shape {
   dim3 grid;
   int width;
@@ -181,7 +199,13 @@ void norms(const T* in, T* norms, int64_t rows, int64_t columns, Stream stream) 
 }
 
 template <typename T>
-constexpr Kernels<T> kTable{activate<T>, mask<T>, norms<T>};
+void penalty(const T* norms, int64_t count, Penalty penalty, double weight, T* value, T* loss, T* slopes,
+             Stream stream) {
+  WGAN_EXT_LAUNCH((penalty_kernel<T>), 1, kThreads, 0, stream, norms, count, penalty, weight, value, loss, slopes);
+}
+
+template <typename T>
+constexpr Kernels<T> kTable{activate<T>, mask<T>, norms<T>, penalty<T>};
 
 }  // namespace
 

@@ -46,7 +46,8 @@ Engine::Engine(TensorList x, TensorList parameters, IntArrayRef program, Scalars
                at::ScalarType compute_dtype, bool channels_last)
     : x_(x),
       given_(parameters),
-      program_(x, parameters, program, scalars),
+      shared_(Program::read(x, parameters, program, scalars)),
+      program_(*shared_),
       frame_(x[0], parameters, compute_dtype, channels_last),
       scored_{0, scored, points.total},
       points_(points) {
@@ -301,7 +302,7 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
     if (scale.defined()) t = t.to(scale.scalar_type()).mul_(scale);
     return t.to(model.scalar_type()).contiguous(model.suggest_memory_format());
   };
-  for (const int64_t i : wanted) result.parameters.push_back(leave(gradients[i], given_[i]));
+  for (const int64_t i : wanted) result.parameters.push_back(leave(take(gradients[i]), given_[i]));
   if (of_x)
     for (const auto i : c10::irange(x_.size())) result.x.push_back(leave(p[i], x_[i]));
   return result;

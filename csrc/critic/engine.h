@@ -52,7 +52,8 @@ class Engine {
   Tensor operand(int64_t value, const Tensor& c, const Tensor& v) const;
 
   TensorList x_, given_;
-  Program program_;
+  std::shared_ptr<const Program> shared_;
+  const Program& program_;
   Frame frame_;
   Rows scored_, points_;
   Tape tape_;
