@@ -40,7 +40,7 @@ class Engine {
   Tensors packed() const;
   void unpack(TensorList kept);
   // The gradients of the wanted parameters, and where curved and `of_x` those of the inputs (else undefined). Either
-  // cotangent may be undefined, not both.
+  // cotangent may be undefined.
   struct Backward {
     Tensors parameters, x;
   };
