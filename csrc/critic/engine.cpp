@@ -91,7 +91,7 @@ Kept Engine::kept(const Layer& layer, size_t index, Rows rows) const {
   return result;
 }
 
-Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
+Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep, const Tensor& weights) {
   const Rows all = Rows::all(points_.total);
   Tensors values(program_.values());
   std::vector<int64_t> uses(program_.values());
@@ -129,8 +129,15 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
   Tensors& u = tape_.gradients;
   Shape seed = program_.layers.empty() ? x[0].sizes().vec() : program_.layers.back()->sizes;
   const double weight = mean_outputs ? 1.0 / static_cast<double>(product(seed)) : 1.0;
-  seed.insert(seed.begin(), 1);
+  // Rows that are scored and points need u without the weights; float16 is scaled in backward.
+  weighted_ = weights.defined() && points_.first == scored_.count && frame_.options.dtype() != at::kHalf;
+  seed.insert(seed.begin(), weighted_ ? points_.total : 1);
   u.back() = frame_.empty(seed).fill_(weight);
+  if (weighted_) {
+    Shape per_row(seed.size(), 1);
+    per_row[0] = -1;
+    scored_.of(u.back()).mul_(weights.view(per_row));
+  }
   for (size_t i = program_.layers.size(); i-- > 0;) {
     const Layer& layer = *program_.layers[i];
     const auto value = program_.inputs + static_cast<int64_t>(i);
@@ -213,6 +220,15 @@ Tensor Engine::operand(int64_t value, const Tensor& c, const Tensor& v) const {
 }
 
 Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted, bool of_x) {
+  return chains(grad_scores, grad_gradients, wanted, of_x, false);
+}
+
+Tensors Engine::finish(const Tensor& weights, TensorList grad_gradients, IntArrayRef wanted) {
+  return chains(weights, grad_gradients, wanted, false, true).parameters;
+}
+
+Engine::Backward Engine::chains(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted, bool of_x,
+                                bool last) {
   const auto values = program_.values();
   Gradients gradients(frame_.parameters.size(), wanted);
 
@@ -229,7 +245,7 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
     if (scale.defined()) scale = scale.clamp(1e-30, 1e30).log2().floor().exp2();
   }
   const auto enter = [&](const Tensor& t) { return frame_.enter(scale.defined() ? t.div(scale) : t); };
-  if (scored) c = enter(grad_scores);
+  if (scored && !weighted_) c = enter(grad_scores);
   Tensors v(values);
   for (const auto i : c10::irange(grad_gradients.size())) v[i] = enter(grad_gradients[i]);
 
@@ -251,12 +267,18 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
   for (const auto i : c10::irange(program_.layers.size())) {
     const Layer& layer = *program_.layers[i];
     const auto value = program_.inputs + static_cast<int64_t>(i);
-    const Tensor& u = tape_.gradients[value];
+    const Tensor u = tape_.gradients[value];
     Tensors changes;
     bool changed = false;
     for (const int64_t input : layer.inputs) {
       changes.push_back(--uses[input] || bends[input] ? v[input] : take(v[input]));
       changed = changed || changes.back().defined();
+    }
+    if (weighted_ && u.defined()) {
+      if (gradients.wants(layer.weight()))
+        layer.weigh(frame_, kept(layer, i, scored_), scored_.of(u), scored_.of(tape_.values[layer.inputs[0]]),
+                    gradients);
+      if (gradients.wants(layer.bias())) layer.shift(frame_, kept(layer, i, scored_), scored_.of(u), {}, gradients);
     }
     if (u.defined() && gradients.wants(layer.weight()) && (c.defined() || changed)) {
       const Rows rows = !c.defined() ? points_ : changed ? Rows::all(points_.total) : scored_;
@@ -267,6 +289,12 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
       layer.shift(frame_, kept(layer, i, scored_), for_layer(layer, scored_.of_gradient(u), scored_.count), c,
                   gradients);
     if (changed && needed[value]) v[value] = layer.push(frame_, kept(layer, i, points_), std::move(changes));
+    if (last && !program_.curved) {
+      tape_.extras[i].clear();
+      tape_.gradients[value] = Tensor();
+      for (const int64_t input : layer.inputs)
+        if (!uses[input]) tape_.values[input] = Tensor();
+    }
   }
 
   Backward result;
@@ -302,9 +330,10 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
   }
 
   const auto leave = [&](Tensor t, const Tensor& model) {
-    if (!t.defined()) return at::zeros_like(model);
+    const at::ScalarType dtype = last ? c10::promoteTypes(model.scalar_type(), at::kFloat) : model.scalar_type();
+    if (!t.defined()) return at::zeros_like(model, model.options().dtype(dtype));
     if (scale.defined()) t = t.to(scale.scalar_type()).mul_(scale);
-    return t.to(model.scalar_type()).contiguous(model.suggest_memory_format());
+    return cast(t, dtype).contiguous(model.suggest_memory_format());
   };
   for (const int64_t i : wanted) result.parameters.push_back(leave(take(gradients[i]), given_[i]));
   if (of_x)

@@ -9,7 +9,8 @@
 //
 // The gradient of any loss of the scores is the same chain u, each sample times the cotangent c of its score:
 // dW_l = u_l^T (c h_(l-1)). So real, fake and interpolates go through each product as one batch, with c h in the rows
-// of the first two and v in those of the last.
+// of the first two and v in those of the last. Where c is known before the chain starts, u starts from it, and
+// nothing is multiplied.
 //
 // Where layers are curved, u_l depends on h_l: a third chain p, from 0 at the outputs down, takes in the derivative of
 // <u_l, J_l v_(l-1)> with respect to h_(l-1) at each curved layer, and adds p_l^T h_(l-1) to dW_l and p_l to db_l.
@@ -35,7 +36,8 @@ class Engine {
     Tensor scores;      // [scored]
     Tensors gradients;  // of each input, [points, ...]
   };
-  Forward forward(TensorList x, bool mean_outputs, bool keep);
+  // What the loss gains per score, `weights` [scored], can be given beforehand; see backward.
+  Forward forward(TensorList x, bool mean_outputs, bool keep, const Tensor& weights = {});
   // The tensors that the forward pass kept, each in memory of its own (x itself is not among them), and the other way.
   Tensors packed() const;
   void unpack(TensorList kept);
@@ -45,11 +47,15 @@ class Engine {
     Tensors parameters, x;
   };
   Backward backward(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted, bool of_x);
+  // The same for the weights given to forward, as the last use of the engine: it lets go of what it kept as it goes,
+  // and leaves the gradients in float32 or better.
+  Tensors finish(const Tensor& weights, TensorList grad_gradients, IntArrayRef wanted);
 
  private:
   void analyse();
   Kept kept(const Layer& layer, size_t index, Rows rows) const;
   Tensor operand(int64_t value, const Tensor& c, const Tensor& v) const;
+  Backward chains(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted, bool of_x, bool last);
 
   TensorList x_, given_;
   std::shared_ptr<const Program> shared_;
@@ -57,6 +63,7 @@ class Engine {
   Frame frame_;
   Rows scored_, points_;
   Tape tape_;
+  bool weighted_ = false;             // whether u of the scored rows holds the weights of the scores
   std::vector<bool> runs_;            // by layer: whether the forward pass needs its value or its extras
   std::vector<bool> keeps_value_;     // by value: whether the tape does
   std::vector<bool> keeps_gradient_;  // by value: whether the tape keeps its u

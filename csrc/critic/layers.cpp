@@ -97,7 +97,7 @@ int64_t product(IntArrayRef shape) {
 Frame::Frame(const Tensor& x, TensorList given, at::ScalarType compute_dtype, bool channels_last)
     : options(x.options().dtype(compute_dtype)),
       images(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous) {
-  for (const Tensor& parameter : given) parameters.push_back(arrange(parameter.to(compute_dtype)));
+  for (const Tensor& parameter : given) parameters.push_back(arrange(cast(parameter, compute_dtype)));
 }
 
 Gradients::Gradients(size_t parameters, IntArrayRef wanted)
@@ -111,7 +111,10 @@ Gradients::Gradients(size_t parameters, IntArrayRef wanted)
 
 void Gradients::add(int64_t parameter, const Tensor& t) {
   Tensor& sum = sums_[parameter];
-  sum = sum.defined() ? sum + t : t;
+  if (!sum.defined())
+    sum = t;
+  else
+    sum = ours(sum) ? sum.add_(t) : sum + t;
 }
 
 Tensors Layer::bend(const Frame&, const Kept&, const Tensor&, const Tensors&) const { return Tensors(inputs.size()); }

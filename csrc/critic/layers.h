@@ -44,6 +44,8 @@ struct Rows {
   Tensor of_gradient(const Tensor& u) const { return u.size(0) == total ? of(u) : u; }
 };
 
+inline Tensor cast(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
+
 // What all tensors inside the engine agree on, the dtype of the products and the memory format of images, and the
 // parameters in that dtype.
 struct Frame {
@@ -55,7 +57,7 @@ struct Frame {
 
   at::MemoryFormat format(IntArrayRef shape) const { return shape.size() == 4 ? images : at::MemoryFormat::Contiguous; }
   Tensor arrange(const Tensor& t) const { return t.contiguous(format(t.sizes())); }
-  Tensor enter(const Tensor& t) const { return arrange(t.to(options.dtype())); }
+  Tensor enter(const Tensor& t) const { return arrange(cast(t, c10::typeMetaToScalarType(options.dtype()))); }
   Tensor empty(IntArrayRef shape) const { return at::empty(shape, options, format(shape)); }
 };
 

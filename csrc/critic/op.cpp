@@ -8,6 +8,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/hypot.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -144,26 +145,32 @@ Tensor norms_of(const Tensors& gradients) {
   return norms;
 }
 
-// The results of critic_loss, and the derivatives of the loss with respect to scores and gradients.
+// What the loss gains per score: 1 over the number of fake ones, -1 over the number of real ones; undefined without
+// any.
+Tensor score_weights(const Tensor& x, const Options& o, const Loss& l) {
+  if (!o.scored) return {};
+  const int64_t fake = o.scored - l.real;
+  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor weights = at::empty({o.scored}, x.options().dtype(dtype));
+  weights.narrow(0, 0, l.real).fill_(-1.0 / static_cast<double>(l.real));
+  weights.narrow(0, l.real, fake).fill_(1.0 / static_cast<double>(fake));
+  return weights;
+}
+
+// The results of critic_loss, and the derivatives of the loss with respect to the gradients.
 struct Evaluated {
-  Tensor loss, penalty, scores, norms, of_scores;
+  Tensor loss, penalty, scores, norms;
   Tensors of_gradients;
 };
 
-Evaluated apply(const Loss& l, const Engine::Forward& critic, bool differentiate) {
-  const int64_t scored = critic.scores.size(0), real = l.real, fake = scored - real;
+Evaluated apply(const Loss& l, const Engine::Forward& critic, const Tensor& weights, bool differentiate) {
   Evaluated e;
   e.scores = critic.scores;
   e.norms = norms_of(critic.gradients);
   const Penalized penalized = penalize(e.norms, l.penalty, l.weight, differentiate);
   e.penalty = penalized.value;
   e.loss = penalized.loss;
-  e.of_scores = at::empty_like(e.scores);
-  if (scored) {
-    e.of_scores.narrow(0, 0, real).fill_(-1.0 / static_cast<double>(real));
-    e.of_scores.narrow(0, real, fake).fill_(1.0 / static_cast<double>(fake));
-    e.loss.add_(at::dot(e.scores, e.of_scores));
-  }
+  if (weights.defined()) e.loss.add_(at::dot(e.scores, weights));
   if (!differentiate) return e;
 
   for (const Tensor& gradient : critic.gradients)
@@ -181,21 +188,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> critic_loss(TensorList x, TensorList 
   check_loss(options, loss);
   const auto [critic, kept] = evaluate(x, parameters, options, false);
   const Plain plain;
-  const Evaluated e = apply(loss, critic, false);
+  const Evaluated e = apply(loss, critic, score_weights(x[0], options, loss), false);
   return {e.loss, e.penalty, e.scores, e.norms};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> critic_loss_forward(
+// The gradients of the wanted parameters too: a loss is a number, so that they need not wait for its derivative, and
+// what they are computed from need not be kept. Of 16-bit parameters they are float32, since the loss may yet be
+// scaled.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> critic_loss_forward(
     TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars, bool mean_outputs, int64_t real,
     int64_t scored, int64_t first, int64_t count, at::ScalarType compute_dtype, bool channels_last, double weight,
-    double target, bool one_sided, double power) {
-  const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
+    double target, bool one_sided, double power, IntArrayRef wanted) {
+  const Options o{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
   const Loss loss{real, weight, {target, one_sided, power}};
-  check_loss(options, loss);
-  const auto [critic, kept] = evaluate(x, parameters, options, true);
+  check_loss(o, loss);
+  const Rows points = check_inputs(x, parameters, o);
   const Plain plain;
-  const Evaluated e = apply(loss, critic, true);
-  return {e.loss, e.penalty, e.scores, e.norms, e.of_scores, e.of_gradients, kept};
+  Engine engine(x, parameters, o.program, o.scalars, o.scored, points, o.compute_dtype, o.channels_last);
+  const Tensor weights = score_weights(x[0], o, loss);
+  const Engine::Forward critic = engine.forward(x, o.mean_outputs, true, weights);
+  const Evaluated e = apply(loss, critic, weights, true);
+  return {e.loss, e.penalty, e.scores, e.norms, engine.finish(weights, e.of_gradients, wanted)};
 }
 
 template <typename Signature>
@@ -206,97 +219,84 @@ auto typed_handle(const char* name) {
 using Context = torch::autograd::AutogradContext;
 using Variables = torch::autograd::variable_list;
 
-// What a node keeps from its forward to its backward pass. What the engine kept is no output, which is sound because
-// the backward refuses to be differentiated.
-struct Saved {
-  Variables tensors;
-  size_t extra, inputs, parameters;
+// What a node keeps from its forward to its backward pass, besides tensors.
+struct State : torch::CustomClassHolder {
   Shape program;
   std::vector<double> scalars;
   Options options;
+  size_t inputs, parameters;
 
-  // `extra` are tensors that only the node knows.
-  static void save(Context* ctx, const Tensors& extra, TensorList x, TensorList parameters, const Tensors& kept,
-                   const Options& o) {
-    Variables tensors = extra;
-    tensors.reserve(extra.size() + x.size() + parameters.size() + kept.size());
-    tensors.insert(tensors.end(), x.begin(), x.end());
-    tensors.insert(tensors.end(), parameters.begin(), parameters.end());
-    tensors.insert(tensors.end(), kept.begin(), kept.end());
-    ctx->save_for_backward(std::move(tensors));
-    ctx->saved_data["sizes"] = Shape{static_cast<int64_t>(extra.size()),
-                                     static_cast<int64_t>(x.size()),
-                                     static_cast<int64_t>(parameters.size()),
-                                     o.scored,
-                                     o.first,
-                                     o.count};
-    ctx->saved_data["program"] = o.program;
-    ctx->saved_data["scalars"] = o.scalars;
-    ctx->saved_data["compute_dtype"] = o.compute_dtype;
-    ctx->saved_data["channels_last"] = o.channels_last;
-    ctx->set_materialize_grads(false);
+  State(TensorList x, TensorList parameters, const Options& o)
+      : program(o.program.vec()),
+        scalars(o.scalars.vec()),
+        options(o),
+        inputs(x.size()),
+        parameters(parameters.size()) {
+    options.program = program;
+    options.scalars = scalars;
   }
 
-  explicit Saved(Context* ctx)
-      : tensors(ctx->get_saved_variables()),
-        program(ctx->saved_data["program"].toIntVector()),
-        scalars(ctx->saved_data["scalars"].toDoubleVector()) {
-    const Shape sizes = ctx->saved_data["sizes"].toIntVector();
-    extra = sizes[0];
-    inputs = sizes[1];
-    parameters = sizes[2];
-    options = {program,
-               scalars,
-               false,
-               sizes[3],
-               sizes[4],
-               sizes[5],
-               ctx->saved_data["compute_dtype"].toScalarType(),
-               ctx->saved_data["channels_last"].toBool()};
-  }
-
-  // The gradients of x and parameters, undefined where there is none.
-  Variables differentiate(Context* ctx, OptionalTensor grad_scores, TensorList grad_gradients) const {
-    static const auto op = typed_handle<decltype(critic_backward)>("wgan_ext::critic_backward");
-    const TensorList all = TensorList(tensors).slice(extra), x = all.slice(0, inputs),
-                     given = all.slice(inputs, parameters), kept = all.slice(inputs + parameters);
-    const Options& o = options;
-    const auto critic = Program::read(x, given, program, scalars);
-
-    // As autograd does: what only moves a sign gets zeros, what does not reach the gradient gets none.
-    Variables result(inputs + parameters);
-    Shape wanted;
-    for (const auto i : c10::irange(parameters)) {
-      if (!ctx->needs_input_grad(inputs + i)) continue;
-      if (critic->moves(static_cast<int64_t>(i), o.scored > 0))
-        wanted.push_back(static_cast<int64_t>(i));
-      else if (critic->reaches(static_cast<int64_t>(i), o.scored > 0))
-        result[inputs + i] = at::zeros_like(given[i]);
-    }
-    bool of_x = false;
-    for (const auto i : c10::irange(inputs)) of_x = of_x || ctx->needs_input_grad(i);
-    TORCH_CHECK_NOT_IMPLEMENTED(!of_x || o.scored == 0, kOp, ": x cannot be differentiated where it is scored");
-    const bool curved = of_x && critic->curved;
-    Variables computed;
-    if (grad_scores || !grad_gradients.empty()) {
-      computed = op.call(grad_scores, grad_gradients, x, given, kept, program, scalars, o.scored, o.first, o.count,
-                         o.compute_dtype, o.channels_last, wanted, curved);
-    } else {  // nothing that the loss depends on has rows
-      for (const int64_t i : wanted) computed.push_back(at::zeros_like(given[i]));
-      if (curved)
-        for (const Tensor& t : x) computed.push_back(at::zeros_like(t));
-    }
-    for (const auto i : c10::irange(wanted.size())) result[inputs + wanted[i]] = computed[i];
-    for (const auto i : c10::irange(inputs)) {
-      if (!ctx->needs_input_grad(i)) continue;
-      if (curved)
-        result[i] = computed[wanted.size() + i];
-      else if (critic->bends_input())
-        result[i] = at::zeros_like(x[i]);
-    }
-    return result;
-  }
+  // Of the context's tensors, which begin with x and the parameters.
+  TensorList x(const Variables& saved) const { return TensorList(saved).slice(0, inputs); }
+  TensorList given(const Variables& saved) const { return TensorList(saved).slice(inputs, parameters); }
+  TensorList kept(const Variables& saved) const { return TensorList(saved).slice(inputs + parameters); }
 };
+
+template <typename T>
+void save(Context* ctx, TensorList x, TensorList parameters, const Tensors& kept, c10::intrusive_ptr<T> state) {
+  Variables tensors;
+  tensors.reserve(x.size() + parameters.size() + kept.size());
+  tensors.insert(tensors.end(), x.begin(), x.end());
+  tensors.insert(tensors.end(), parameters.begin(), parameters.end());
+  tensors.insert(tensors.end(), kept.begin(), kept.end());
+  ctx->save_for_backward(std::move(tensors));
+  ctx->saved_data["state"] = at::IValue::make_capsule(std::move(state));
+  ctx->set_materialize_grads(false);
+}
+
+template <typename T>
+c10::intrusive_ptr<T> state_of(Context* ctx) {
+  return c10::static_intrusive_pointer_cast<T>(ctx->saved_data["state"].toCapsule());
+}
+
+// The gradients of x and parameters, undefined where there is none.
+Variables differentiate(Context* ctx, const State& state, const Variables& saved, OptionalTensor grad_scores,
+                        TensorList grad_gradients) {
+  static const auto op = typed_handle<decltype(critic_backward)>("wgan_ext::critic_backward");
+  const TensorList x = state.x(saved), given = state.given(saved);
+  const Options& o = state.options;
+  const size_t inputs = state.inputs;
+  const auto critic = Program::read(x, given, o.program, o.scalars);
+
+  // As autograd does: what only moves a sign gets zeros, what does not reach the gradient gets none.
+  Variables result(inputs + state.parameters);
+  Shape wanted;
+  for (const auto i : c10::irange(state.parameters))
+    if (ctx->needs_input_grad(inputs + i) && critic->reaches(static_cast<int64_t>(i), o.scored > 0))
+      wanted.push_back(static_cast<int64_t>(i));
+  bool of_x = false;
+  for (const auto i : c10::irange(inputs)) of_x = of_x || ctx->needs_input_grad(i);
+  TORCH_CHECK_NOT_IMPLEMENTED(!of_x || o.scored == 0, kOp, ": x cannot be differentiated where it is scored");
+  const bool curved = of_x && critic->curved;
+  Variables computed;
+  if (grad_scores || !grad_gradients.empty()) {
+    computed = op.call(grad_scores, grad_gradients, x, given, state.kept(saved), o.program, o.scalars, o.scored,
+                       o.first, o.count, o.compute_dtype, o.channels_last, wanted, curved);
+  } else {  // nothing that the loss depends on has rows
+    for (const int64_t i : wanted) computed.push_back(at::zeros_like(given[i]));
+    if (curved)
+      for (const Tensor& t : x) computed.push_back(at::zeros_like(t));
+  }
+  for (const auto i : c10::irange(wanted.size())) result[inputs + wanted[i]] = computed[i];
+  for (const auto i : c10::irange(inputs)) {
+    if (!ctx->needs_input_grad(i)) continue;
+    if (curved)
+      result[i] = computed[wanted.size() + i];
+    else if (critic->bends_input())
+      result[i] = at::zeros_like(x[i]);
+  }
+  return result;
+}
 
 struct Critic : torch::autograd::Function<Critic> {
   static Variables forward(Context* ctx, TensorList x, TensorList parameters, const Options& o) {
@@ -304,50 +304,27 @@ struct Critic : torch::autograd::Function<Critic> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [scores, gradients, kept] = op.call(x, parameters, o.program, o.scalars, o.mean_outputs, o.scored, o.first,
                                              o.count, o.compute_dtype, o.channels_last);
-    Saved::save(ctx, {}, x, parameters, kept, o);
+    save(ctx, x, parameters, kept, c10::make_intrusive<State>(x, parameters, o));
     Variables outputs = {scores};
     outputs.insert(outputs.end(), gradients.begin(), gradients.end());
     return outputs;
   }
 
   static Variables backward(Context* ctx, const Variables& grads) {
-    const Saved saved(ctx);
+    const auto state = state_of<State>(ctx);
+    const Options& o = state->options;
+    const Variables saved = ctx->get_saved_variables();
     Variables grad_gradients(grads.begin() + 1, grads.end());
     bool penalised = false;
-    for (const Tensor& grad : grad_gradients) penalised = penalised || (grad.defined() && saved.options.count);
-    for (const auto i : c10::irange(saved.inputs))
+    for (const Tensor& grad : grad_gradients) penalised = penalised || (grad.defined() && o.count);
+    for (const auto i : c10::irange(state->inputs))
       if (penalised && !grad_gradients[i].defined())
-        grad_gradients[i] = at::zeros_like(saved.tensors[i]).narrow(0, saved.options.first, saved.options.count);
+        grad_gradients[i] = at::zeros_like(saved[i]).narrow(0, o.first, o.count);
     if (!penalised) grad_gradients.clear();
-    const bool scored = grads[0].defined() && saved.options.scored;
-    Variables result = saved.differentiate(ctx, scored ? std::optional(grads[0]) : std::nullopt, grad_gradients);
+    const bool scored = grads[0].defined() && o.scored;
+    Variables result =
+        differentiate(ctx, *state, saved, scored ? std::optional(grads[0]) : std::nullopt, grad_gradients);
     result.emplace_back();  // options
-    return result;
-  }
-};
-
-// The loss is linear in the derivatives that its forward pass left, so that backward only scales them.
-struct CriticLoss : torch::autograd::Function<CriticLoss> {
-  static Variables forward(Context* ctx, TensorList x, TensorList parameters, const Options& o, const Loss& l) {
-    static const auto op = typed_handle<decltype(critic_loss_forward)>("wgan_ext::critic_loss_forward");
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, penalty, scores, norms, of_scores, derivatives, kept] =
-        op.call(x, parameters, o.program, o.scalars, o.mean_outputs, l.real, o.scored, o.first, o.count,
-                o.compute_dtype, o.channels_last, l.weight, l.penalty.target, l.penalty.one_sided, l.penalty.power);
-    derivatives.push_back(of_scores);
-    Saved::save(ctx, derivatives, x, parameters, kept, o);
-    ctx->mark_non_differentiable({penalty, scores, norms});
-    return {loss, penalty, scores, norms};
-  }
-
-  static Variables backward(Context* ctx, const Variables& grads) {
-    const Saved saved(ctx);
-    Variables scaled;
-    for (const auto i : c10::irange(saved.extra)) scaled.push_back(saved.tensors[i] * grads[0]);
-    const Tensor of_scores = scaled.back();
-    scaled.pop_back();
-    Variables result = saved.differentiate(ctx, saved.options.scored ? std::optional(of_scores) : std::nullopt, scaled);
-    result.resize(result.size() + 2);  // options and loss
     return result;
   }
 };
@@ -363,6 +340,77 @@ struct Once : torch::autograd::Function<Once> {
     TORCH_CHECK_NOT_IMPLEMENTED(false, kOp,
                                 " is differentiable once: for a second derivative of the input gradient, or of a "
                                 "penalty on it, use engine=\"autograd\"");
+  }
+};
+
+// Whether the tensor is the number 1, as far as can be told without waiting for a device or breaking a trace.
+bool is_one(const Tensor& t) {
+  if (!t.is_cpu() || t.numel() != 1 || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  if (t.scalar_type() == at::kFloat) return *t.const_data_ptr<float>() == 1;
+  return t.scalar_type() == at::kDouble && *t.const_data_ptr<double>() == 1;
+}
+
+// The forward pass leaves the gradients, which the first backward pass scales and hands over without a copy; another
+// one, of a graph that was retained, computes them again.
+struct CriticLoss : torch::autograd::Function<CriticLoss> {
+  struct LossState : State {
+    Loss loss;
+    Shape wanted;
+    std::vector<at::ScalarType> dtypes;  // of the wanted parameters
+    Tensors gradients;                   // theirs
+
+    LossState(TensorList x, TensorList parameters, const Options& o, const Loss& l)
+        : State(x, parameters, o), loss(l) {}
+  };
+
+  static auto run(TensorList x, TensorList parameters, const LossState& s) {
+    static const auto op = typed_handle<decltype(critic_loss_forward)>("wgan_ext::critic_loss_forward");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Options& o = s.options;
+    const Loss& l = s.loss;
+    return op.call(x, parameters, o.program, o.scalars, o.mean_outputs, l.real, o.scored, o.first, o.count,
+                   o.compute_dtype, o.channels_last, l.weight, l.penalty.target, l.penalty.one_sided, l.penalty.power,
+                   s.wanted);
+  }
+
+  static Variables forward(Context* ctx, TensorList x, TensorList parameters, const Options& o, const Loss& l) {
+    auto state = c10::make_intrusive<LossState>(x, parameters, o, l);
+    const auto program = Program::read(x, parameters, o.program, o.scalars);
+    // As autograd does: what only moves a sign gets zeros, what does not reach the loss gets no gradient.
+    for (const auto i : c10::irange(static_cast<int64_t>(parameters.size()))) {
+      if (!parameters[i].requires_grad() || !program->reaches(i, o.scored > 0)) continue;
+      state->wanted.push_back(i);
+      state->dtypes.push_back(parameters[i].scalar_type());
+    }
+    auto [loss, penalty, scores, norms, gradients] = run(x, parameters, *state);
+    state->gradients = std::move(gradients);
+    save(ctx, x, parameters, {}, std::move(state));
+    ctx->mark_non_differentiable({penalty, scores, norms});
+    return {loss, penalty, scores, norms};
+  }
+
+  static Variables backward(Context* ctx, const Variables& grads) {
+    const auto state = state_of<LossState>(ctx);
+    Tensors gradients = std::exchange(state->gradients, {});
+    if (gradients.empty() && !state->wanted.empty()) {
+      const Variables saved = ctx->get_saved_variables();
+      gradients = std::get<4>(run(state->x(saved), state->given(saved), *state));
+    }
+    const auto scale = [&] {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      const bool one = is_one(grads[0]);
+      for (const auto i : c10::irange(gradients.size()))
+        gradients[i] = cast(one ? gradients[i] : gradients[i].mul_(grads[0]), state->dtypes[i]);
+      return gradients;
+    };
+    if (at::GradMode::is_enabled())
+      gradients = Once::apply(TensorList(grads).slice(0, 1), TensorList(ctx->get_saved_variables()), scale);
+    else
+      scale();
+    Variables result(state->inputs + state->parameters + 2);  // options and loss
+    for (const auto i : c10::irange(gradients.size()))
+      result[state->inputs + state->wanted[i]] = std::move(gradients[i]);
+    return result;
   }
 };
 
@@ -396,8 +444,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> critic_loss_autograd(TensorList x, Te
                                                                 int64_t count, at::ScalarType compute_dtype,
                                                                 bool channels_last, double weight, double target,
                                                                 bool one_sided, double power) {
+  bool differentiable = false;
+  for (const Tensor& t : parameters) differentiable = differentiable || t.requires_grad();
+  if (!differentiable || !at::GradMode::is_enabled()) {
+    static const auto op = typed_handle<decltype(critic_loss)>("wgan_ext::critic_loss");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(x, parameters, program, scalars, mean_outputs, real, scored, first, count, compute_dtype,
+                   channels_last, weight, target, one_sided, power);
+  }
   for (const Tensor& t : x)
-    TORCH_CHECK_NOT_IMPLEMENTED(!(t.requires_grad() && at::GradMode::is_enabled()), kLossOp,
+    TORCH_CHECK_NOT_IMPLEMENTED(!t.requires_grad(), kLossOp,
                                 ": x cannot be differentiated: detach it, or use engine=\"autograd\"");
   const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
   const Loss loss{real, weight, {target, one_sided, power}};
