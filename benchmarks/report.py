@@ -1,4 +1,4 @@
-"""Run the benchmarks and print what they say: one table for each file, one row for each contest.
+"""Run the benchmarks and print what they say: one table for each benchmark, one row for each contest.
 
     python benchmarks/report.py benchmarks/results/*.json    # print tables
     python benchmarks/report.py --run                        # measure, keep the JSON, print
@@ -6,6 +6,7 @@
     python benchmarks/report.py --write FILE...              # and put the tables into docs/performance.md
 
 A cell is the median time of a call, half its interquartile range in percent, and the time as a multiple of wgan_ext's.
+A second table has what else was measured: multiply-adds, how near they come to the best rate, and memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
 MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 OURS = "wgan_ext"
+LEGEND = """\
+Median time of a call, half its interquartile range, and the time as a multiple of wgan_ext's. Pairs give wgan_ext's
+figure first. Multiply-adds: of all matrix products and convolutions, against those that autograd computes. Best rate:
+that of wgan_ext's products timed one by one, each in its best layout and batch; the share of it is what the whole call
+reaches. Peak memory: of tensors during a call, above what they take after it, against that of the fastest other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +49,22 @@ class Time:
         return f"{value:.{digits}f} {unit} ± {50 * self.iqr / self.median:.0f} %"
 
 
-# machine -> benchmark file -> contest -> contestant -> its time
-Tables = dict[str, dict[str, dict[str, dict[str, Time]]]]
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """The times of all contestants, and what else is known of them."""
+
+    times: dict[str, Time]
+    peak_bytes: dict[str, int]
+    multiply_adds: dict[str, int]
+    floor_seconds: float | None
+
+    def fastest_other(self) -> str:
+        """The name of the fastest contestant but wgan_ext."""
+        return min((name for name in self.times if name != OURS), key=lambda name: self.times[name].ratio)
+
+
+# machine -> (benchmark file, test) -> contest by its name
+Tables = dict[str, dict[tuple[str, str], dict[str, Contest]]]
 
 
 def machine_name(facts: dict[str, Any]) -> str:
@@ -58,30 +78,77 @@ def collect(runs: Iterable[dict[str, Any]]) -> Tables:
     """Collect what pytest-benchmark's JSON files hold."""
     tables: Tables = {}
     for data in runs:
-        files = tables.setdefault(machine_name(data["machine_info"]), {})
+        benchmarks = tables.setdefault(machine_name(data["machine_info"]), {})
         for entry in data["benchmarks"]:
-            stem = re.sub(r".*bench_(\w+)\.py.*", r"\1", entry["fullname"])
-            files.setdefault(stem, {})[entry["group"]] = {
-                name: Time(row["median"], row["iqr"], row["ratio"])
-                for name, row in entry["extra_info"]["contestants"].items()
-            }
+            facts = entry["extra_info"]
+            rows = facts["contestants"]
+            stem, test = re.findall(r"bench_(\w+)\.py::(\w+)", entry["fullname"])[0]
+            benchmarks.setdefault((stem, test), {})[entry["group"]] = Contest(
+                times={name: Time(row["median"], row["iqr"], row["ratio"]) for name, row in rows.items()},
+                peak_bytes={name: row["peak_bytes"] for name, row in rows.items() if "peak_bytes" in row},
+                multiply_adds=facts.get("multiply_adds", {}),
+                floor_seconds=facts.get("floor_seconds"),
+            )
     return tables
 
 
+def scaled(number: float, unit: str) -> str:
+    """Three digits with a prefix of thousands."""
+    prefix, scale = next((p, s) for p, s in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)) if number >= s or s == 1)
+    value = number / scale
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {prefix}{unit}".rstrip()
+
+
+def times(title: str, contests: dict[str, Contest]) -> list[list[str]]:
+    """The table of times."""
+    rivals = dict.fromkeys(name for contest in contests.values() for name in contest.times if name != OURS)
+    rows = [[title, OURS, *rivals]]
+    for name, contest in contests.items():
+        found = contest.times
+        cells = [f"{found[rival]} ({found[rival].ratio:.2f}x)" if rival in found else "" for rival in rivals]
+        rows.append([name, str(found[OURS]), *cells])
+    return rows
+
+
+def details(title: str, contests: dict[str, Contest]) -> list[list[str]]:
+    """The table of what else was measured, without the columns that nothing is known for."""
+    rows = [
+        [f"{title}: products and memory", "fastest other", "multiply-adds", "share of the best rate", "peak memory"]
+    ]
+    for name, contest in contests.items():
+        fastest, products, peak = contest.fastest_other(), contest.multiply_adds, contest.peak_bytes
+        rate = ""
+        if contest.floor_seconds is not None:
+            best = scaled(2 * products[OURS] / contest.floor_seconds, "FLOP/s")
+            rate = f"{100 * contest.floor_seconds / contest.times[OURS].median:.0f} % of {best}"
+        rows.append(
+            [
+                name,
+                f"{fastest} ({contest.times[fastest].ratio:.2f}x)",
+                " / ".join(scaled(count, "") for count in products.values()),
+                rate,
+                f"{scaled(peak[OURS], 'B')} / {scaled(peak[fastest], 'B')}" if peak else "",
+            ]
+        )
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
 def render(tables: Tables) -> str:
-    """Markdown: the machine, then a table for each benchmark file."""
+    """Markdown: the machine, then the tables of each benchmark."""
     lines = []
-    for machine, files in sorted(tables.items()):
+    for machine, benchmarks in sorted(tables.items()):
         lines += [f"{machine}:", ""]
-        for stem, contests in sorted(files.items()):
-            rivals = dict.fromkeys(name for row in contests.values() for name in row if name != OURS)
-            lines.append(f"| {' | '.join([stem.replace('_', ' '), OURS, *rivals])} |")
-            lines.append(f"| --- | ---: |{' ---: |' * len(rivals)}")
-            for contest, row in contests.items():
-                cells = [f"{row[name]} ({row[name].ratio:.2f}x)" if name in row else "" for name in rivals]
-                lines.append(f"| {' | '.join([contest, str(row[OURS]), *cells])} |")
-            lines.append("")
-    lines.append("Median time of a call, half its interquartile range, and the time as a multiple of wgan_ext's.")
+        for (stem, _), contests in sorted(benchmarks.items(), key=lambda item: item[0][0]):
+            title = stem.replace("_", " ")
+            found = [times(title, contests)]
+            if any(contest.multiply_adds or contest.peak_bytes for contest in contests.values()):
+                found.append(details(title, contests))
+            for head, *rows in found:
+                lines += [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+                lines += [f"| {' | '.join(row)} |" for row in rows]
+                lines.append("")
+    lines.append(LEGEND)
     return "\n".join(lines)
 
 

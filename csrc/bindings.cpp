@@ -57,6 +57,8 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("critic(Tensor[] x, Tensor[] parameters, int[] program, float[] scalars, bool mean_outputs, int scored, int first, int count, ScalarType compute_dtype, bool channels_last) -> (Tensor scores, Tensor[] gradients)");
   m.def("critic_forward(Tensor[] x, Tensor[] parameters, int[] program, float[] scalars, bool mean_outputs, int scored, int first, int count, ScalarType compute_dtype, bool channels_last) -> (Tensor scores, Tensor[] gradients, Tensor[] kept)");
   m.def("critic_backward(Tensor? grad_scores, Tensor[] grad_gradients, Tensor[] x, Tensor[] parameters, Tensor[] kept, int[] program, float[] scalars, int scored, int first, int count, ScalarType compute_dtype, bool channels_last, int[] wanted, bool of_x) -> Tensor[]");
+  m.def("critic_loss(Tensor[] x, Tensor[] parameters, int[] program, float[] scalars, bool mean_outputs, int real, int scored, int first, int count, ScalarType compute_dtype, bool channels_last, float weight, float target, bool one_sided, float power) -> (Tensor loss, Tensor penalty, Tensor scores, Tensor norms)");
+  m.def("critic_loss_forward(Tensor[] x, Tensor[] parameters, int[] program, float[] scalars, bool mean_outputs, int real, int scored, int first, int count, ScalarType compute_dtype, bool channels_last, float weight, float target, bool one_sided, float power) -> (Tensor loss, Tensor penalty, Tensor scores, Tensor norms, Tensor of_scores, Tensor[] of_gradients, Tensor[] kept)");
   // spectral
   m.def("spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor weight, Tensor u, Tensor v, Tensor sigma)");
   m.def("spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim) -> Tensor");
@@ -74,6 +76,9 @@ PYBIND11_MODULE(_C, m) {
   Entry<std::tuple<Tensor, std::vector<Tensor>>(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
                                                 bool, int64_t, int64_t, int64_t, at::ScalarType, bool)>::bind(m,
                                                                                                               "critic");
+  Entry<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool, int64_t, int64_t, int64_t, int64_t,
+      at::ScalarType, bool, double, double, bool, double)>::bind(m, "critic_loss");
   // spectral
   Entry<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
                                                    double, bool)>::bind(m, "spectral_norm");

@@ -20,22 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-import wgan_ext
-from wgan_ext import GradientPenalty, explain, gradient_penalty, input_gradient
-
-if hasattr(wgan_ext, "CriticLoss"):
-    CriticLoss = wgan_ext.CriticLoss
-else:
-
-    class CriticLoss(nn.Module):  # stands in until the library has it
-        def __init__(self, critic: nn.Module, weight: float = 10.0, *, engine: Any = "auto") -> None:
-            super().__init__()
-            self.critic, self.weight, self.engine = critic, weight, engine
-
-        def forward(self, real: Tensor, fake: Tensor, *, mix: Tensor | None = None) -> Tensor:
-            penalty = gradient_penalty(self.critic, real, fake, mix=mix, engine=self.engine)
-            return self.critic(fake).mean() - self.critic(real).mean() + self.weight * penalty
-
+from wgan_ext import CriticLoss, GradientPenalty, explain, gradient_penalty, input_gradient
 
 ENGINES = ("autograd", "analytic")
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -250,8 +235,10 @@ def penalties_of_other_kinds_alone_raise(engine: str) -> None:
 @check(engine=ENGINES)
 def penalty_accumulated_before_the_synchronised_pass(engine: str) -> None:
     ddp = DistributedDataParallel(make_critic())
+    outside = penalty_of(ddp.module, engine)
     with ddp.no_sync():
-        (10 * penalty_of(ddp.module, engine)).backward()
+        (4 * outside).backward()
+        (6 * penalty_of(ddp.module, engine)).backward()
     scores_loss(ddp).backward()
     assert_synchronised(ddp)
 
@@ -281,6 +268,22 @@ def critics_without_ddp_do_not_raise(engine: str) -> None:
     again.zero_grad()
     joint_loss(again, engine).backward()
     assert_synchronised(again)
+    assert_unsynchronised_raises("gradient_penalty", penalty_of(once_wrapped, engine).backward)
+
+
+@check(engine=ENGINES)
+def critics_are_seen_when_wrapped_later_or_again(engine: str) -> None:
+    critic = make_critic()
+    penalty_of(critic, engine).backward()
+    first = DistributedDataParallel(critic)
+    assert_unsynchronised_raises("gradient_penalty", penalty_of(critic, engine).backward)
+    second = DistributedDataParallel(critic)
+    for _ in range(2):
+        second.zero_grad()
+        joint_loss(second, engine).backward()
+        assert_synchronised(second)
+    assert_unsynchronised_raises("gradient_penalty", penalty_of(critic, engine).backward)
+    assert first.module is second.module
 
 
 @check(engine=ENGINES)
@@ -388,7 +391,7 @@ def run_checks(rank: int, folder: str) -> None:
     for name, run in CHECKS.items():
         try:
             run()
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             failures[name] = traceback.format_exc()
         dist.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps(failures))

@@ -18,56 +18,78 @@ Samples = Callable[[torch.device], list[tuple[Any, ...]]]
 # critic
 
 
-def critic_input_gradient(device: torch.device) -> list[tuple[Any, ...]]:
-    def samples(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+def _critic(device: torch.device) -> list[tuple[Any, ...]]:
+    """Samples of the arguments x, parameters, program, scalars, and of the dtype and channels_last."""
+
+    def samples(dtype: torch.dtype) -> list[tuple[Any, ...]]:
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, dtype=dtype, device=device)
 
         def parameters(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-            return [random(*shape).requires_grad_(requires_grad) for shape in shapes]
+            return [random(*shape).requires_grad_() for shape in shapes]
 
         mlp = parameters((9, 5), (9,), (4, 9), (2, 4), (2,))
-        images = parameters((6, 3, 4, 4), (6,), (4, 3, 3, 2), (1, 4 * 4 * 5), (1,))
-        program = [1, 1, 2, 2, 1, 1, 1, 1, 1, 3, 1, 0, 1, 1, 1, 1, 1, 1, 2, 3, 2, 1, -1, 0, 1]
-        x = random(2, 3, 8, 8)
+        relu = [0, 3, 0, 0, 1, 1, 9, 4, 3, 1, 0, 0, 1, 9, 0, 3, 2, 2, -1, 1, 4, 0, 3, 3, 3, 4, 1, 2]
+        silu = [0, 3, 0, 0, 1, 1, 9, 4, 3, 1, 2, 0, 1, 9, 0, 3, 2, 2, -1, 1, 4]
+        images = parameters((6, 3, 4, 4), (6,), (1, 6 * 4 * 4))
+        convolution = [1, 13, 0, 0, 1, 0, 1, 2, 2, 1, 1, 1, 1, 0, 0, 3, 6, 4, 4, 4, 3, 1, 0, 0, 3, 6, 4, 4]
+        program = [*convolution, 2, 1, 2, 1, 96, 0, 3, 3, 2, -1, 1, 1]
+        x = random(5, 3, 8, 8)
         return [
-            (random(3, 5), mlp, [0, 1, 3, 0, 0, 3, 0, 1], [0.2, 0.0], False, dtype, False),
-            (random(3, 2, 5), mlp, [0, 1, 3, 0, 0, 0, 1], [0.0], True, dtype, False),
-            (random(3, 5), mlp[:1], [0, 0], [], False, dtype, False),
-            (x, images, program, [0.1, 0.0], False, dtype, False),
-            (x.to(memory_format=torch.channels_last), images, program, [0.1, 0.0], False, dtype, True),
+            ([random(5, 5)], mlp, relu, [0.2], dtype, False),
+            ([random(5, 5)], mlp, silu, [], dtype, False),
+            ([random(5, 5)], mlp[:1], [0, 3, 0, 0, -1, 1, 9], [], dtype, False),
+            ([x], images, program, [0.0], dtype, False),
+            ([x.to(memory_format=torch.channels_last)], images, program, [0.0], dtype, True),
         ]
 
-    mlp, sequence, linear, images, channels_last = samples(torch.float64, True)
-    single = samples(torch.float32, True)
-    half = [(*sample[:5], torch.float32, sample[6]) for sample in samples(torch.bfloat16, True)]
-    return [mlp, sequence, linear, images, channels_last, single[4], half[0], half[3]]
+    half = [(*sample[:4], torch.float32, sample[5]) for sample in samples(torch.bfloat16)]
+    return [*samples(torch.float64), samples(torch.float32)[4], half[0], half[3]]
 
 
-def critic_input_gradient_forward(device: torch.device) -> list[tuple[Any, ...]]:
-    return [
-        (sample[0], [parameter.detach() for parameter in sample[1]], *sample[2:])
-        for sample in critic_input_gradient(device)
-    ]
+ROWS = ((0, 0, 5), (3, 3, 2), (5, 0, 3))  # scored, first, count
 
 
-def critic_input_gradient_backward(device: torch.device) -> list[tuple[Any, ...]]:
-    samples = []
-    for x, parameters, program, slopes, _, dtype, channels_last in critic_input_gradient_forward(device):
-        grad, signs, chain = torch.ops.wgan_ext.critic_input_gradient_forward(
-            x, parameters, program, slopes, False, dtype, channels_last
-        )
-        weights = list(range(len(chain)))
-        for wanted in (weights, weights[-1:]):
-            samples.append((grad, parameters, signs, chain, program, slopes, dtype, channels_last, wanted))
+def critic(device: torch.device) -> list[tuple[Any, ...]]:
+    calls = _critic(device)
+    calls = [*calls[:1] * 2, *calls]
+    return [(*calls[i][:4], False, *ROWS[i % 3], *calls[i][4:]) for i in range(len(calls))]
+
+
+def critic_forward(device: torch.device) -> list[tuple[Any, ...]]:
+    return [(x, [t.detach() for t in parameters], *rest) for x, parameters, *rest in critic(device)]
+
+
+def critic_backward(device: torch.device) -> list[tuple[Any, ...]]:
+    samples: list[tuple[Any, ...]] = []
+    for call in critic_forward(device):
+        x, parameters, program, scalars, _, *rest = call
+        scores, gradients, kept = torch.ops.wgan_ext.critic_forward(*call)
+        wanted = [i for i in range(len(parameters)) if parameters[i].dim() > 1]
+        cotangents: list[tuple[Any, Any]] = [(scores, []), (None, gradients), (scores, gradients)]
+        for grads in cotangents:
+            samples.append((*grads, x, parameters, kept, program, scalars, *rest, wanted, False))
     return samples
+
+
+LOSSES = ((10.0, 1.0, False, 2.0), (0.5, 0.0, True, 1.5))  # weight, target, one_sided, power
+
+
+def critic_loss(device: torch.device) -> list[tuple[Any, ...]]:
+    return [(*call[:5], 2, *call[5:], *LOSSES[i % 2]) for i, call in enumerate(critic(device))]
+
+
+def critic_loss_forward(device: torch.device) -> list[tuple[Any, ...]]:
+    return [(x, [t.detach() for t in parameters], *rest) for x, parameters, *rest in critic_loss(device)]
 
 
 # name of the operator -> its sample inputs for a device. Every operator in the library must stand here.
 SAMPLES: dict[str, Samples] = {
-    "critic_input_gradient": critic_input_gradient,
-    "critic_input_gradient_forward": critic_input_gradient_forward,
-    "critic_input_gradient_backward": critic_input_gradient_backward,
+    "critic": critic,
+    "critic_forward": critic_forward,
+    "critic_backward": critic_backward,
+    "critic_loss": critic_loss,
+    "critic_loss_forward": critic_loss_forward,
 }
 
 

@@ -61,6 +61,33 @@ def test_tables_hold_times_and_ratios(report: ModuleType) -> None:
     ]
 
 
+def test_benchmarks_of_one_file_have_tables_of_their_own(report: ModuleType) -> None:
+    data = run(norm_a={"wgan_ext": (1, 1), "torch": (2, 2)}, norm_b={"wgan_ext": (1, 1), "dense": (3, 3)})
+    for entry, test in zip(data["benchmarks"], ["test_z", "test_a"], strict=True):
+        entry["fullname"] = f"benchmarks/bench_norm.py::{test}[cpu]"
+    text = report.render(report.collect([data]))
+    assert text.index("| norm | wgan_ext | torch |") < text.index("| norm | wgan_ext | dense |")
+
+
+def test_details_show_the_fastest_other_products_rate_and_memory(report: ModuleType) -> None:
+    data = run(
+        norm_a={"wgan_ext": (2e-3, 1), "torch": (5e-3, 2.5), "compiled": (3e-3, 1.5)},
+        norm_b={"wgan_ext": (1, 1), "torch": (1, 1)},
+    )
+    known, plain = (entry["extra_info"] for entry in data["benchmarks"])
+    for contestants in (known["contestants"], plain["contestants"]):
+        for i, row in enumerate(contestants.values()):
+            row["peak_bytes"] = 1234 * 1000**i
+    known |= {"multiply_adds": {"wgan_ext": 4e9, "autograd": 65e8}, "floor_seconds": 1.5e-3}
+    lines = report.render(report.collect([data])).splitlines()
+    assert lines[7:11] == [
+        "| norm: products and memory | fastest other | multiply-adds | share of the best rate | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| norm_a, cpu | compiled (1.50x) | 4.00 G / 6.50 G | 75 % of 5333 GFLOP/s | 1.23 kB / 1.23 GB |",
+        "| norm_b, cpu | torch (1.00x) |  |  | 1.23 kB / 1.23 MB |",
+    ]
+
+
 def test_write_replaces_what_is_between_the_markers(
     report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,23 @@ def critic(
     compute_dtype: torch.dtype,
     channels_last: bool,
 ) -> tuple[Tensor, list[Tensor]]: ...
+def critic_loss(
+    x: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    program: Sequence[int],
+    scalars: Sequence[float],
+    mean_outputs: bool,
+    real: int,
+    scored: int,
+    first: int,
+    count: int,
+    compute_dtype: torch.dtype,
+    channels_last: bool,
+    weight: float,
+    target: float,
+    one_sided: bool,
+    power: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 # spectral
 def spectral_norm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -69,9 +70,9 @@ def guard(op: str, critic: object, result: Tensor) -> Tensor:
     nothing tells. So at the end of a backward pass through the result, either DDP has reduced something, or no gradient
     was accumulated, or this raises RuntimeError. Under ``no_sync`` nothing is asked.
 
-    It does not see a critic that is no nn.Module or was wrapped after its first result, code being compiled, or a
-    backward pass of a penalty by itself between the forward and the backward of the other terms; that one DDP refuses
-    if a parameter, as the last bias, gets no gradient from the penalty.
+    It does not see a critic that is no nn.Module, code being compiled, or a backward pass of a penalty by itself that
+    comes between the forward and the backward of the other terms, which DDP refuses if a parameter, as the last bias,
+    gets no gradient from the penalty. It may be late to see a critic that was wrapped after its first result.
     """
     if torch.compiler.is_compiling() or not _is_initialized() or dist.get_world_size() == 1:
         return result
@@ -92,7 +93,9 @@ def guard(op: str, critic: object, result: Tensor) -> Tensor:
             reduced = ready != _ready_times(wrappers) or any(
                 ddp._static_graph_delay_allreduce_enqueued for ddp in delayed
             )
-            if not reduced and gradients != _gradients(critic):
+            if reduced or gradients == _gradients(critic):
+                return
+            if set(_wrappers_of(critic, search=True)) <= set(wrappers):  # else it was wrapped again
                 raise RuntimeError(
                     f"{op}: the critic is wrapped in DistributedDataParallel, but this backward pass has no forward of "
                     "the wrapper in it, so that its gradients were not synchronised. Wrap wgan_ext.CriticLoss(critic) "
@@ -124,20 +127,33 @@ def _gradients(critic: nn.Module) -> list[tuple[int, int]]:
     return [(0, 0) if p.grad is None else (id(p.grad), p.grad._version) for p in critic.parameters()]
 
 
-# A scan of all objects takes 0.1 s, and DDP keeps no list of its instances.
-_found: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[DistributedDataParallel]]] = weakref.WeakKeyDictionary()
+@dataclasses.dataclass
+class _Search:
+    found: list[weakref.ref[DistributedDataParallel]] = dataclasses.field(default_factory=list)
+    calls: int = 0
 
 
-def _wrappers_of(critic: nn.Module) -> list[DistributedDataParallel]:
-    """The DDP instances that reduce gradients of the critic's parameters over several processes."""
-    if critic not in _found or any(reference() is None for reference in _found[critic]):
+_searches: weakref.WeakKeyDictionary[nn.Module, _Search] = weakref.WeakKeyDictionary()
+
+
+def _wrappers_of(critic: nn.Module, *, search: bool = False) -> list[DistributedDataParallel]:
+    """The DDP instances that reduce gradients of the critic's parameters over several processes.
+
+    DDP keeps no list of itself, and looking through all objects takes 0.1 s. So it is done when asked for and when a
+    known wrapper is gone; and while there is none, as the critic may be wrapped yet, at calls 1, 2, 4, 8, ...
+    """
+    known = _searches.setdefault(critic, _Search())
+    known.calls += 1
+    lost = any(reference() is None for reference in known.found)
+    if search or lost or (not known.found and known.calls.bit_count() == 1):
         own = set(map(id, critic.parameters()))
-        _found[critic] = [
+        known.found = [
             weakref.ref(ddp)
             for ddp in gc.get_objects()
             if DistributedDataParallel in type(ddp).__mro__ and any(id(p) in own for p in ddp.parameters())
         ]
-    alive = [ddp for reference in _found[critic] if (ddp := reference()) is not None]
+        known.calls = 1 if lost else known.calls
+    alive = [ddp for reference in known.found if (ddp := reference()) is not None]
     return [
         ddp
         for ddp in alive

@@ -112,6 +112,10 @@ class Pad(enum.IntEnum):
 # -> (scores, gradients): see reference.critic. Its fake kernel is the engine itself, on meta tensors.
 critic = _operator("critic")
 
+# (x, parameters, program, scalars, mean_outputs, real, scored, first, count, compute_dtype, channels_last, weight,
+# target, one_sided, power) -> (loss, penalty, scores, norms): see reference.critic_loss. Only loss is differentiable.
+critic_loss = _operator("critic_loss")
+
 
 # spectral
 

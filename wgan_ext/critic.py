@@ -90,7 +90,11 @@ def input_gradient(
         RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
     check_batch("input_gradient", "x", x)
-    (gradient,) = critic_gradients("input_gradient", critic, x, critic_args, critic_kwargs, engine, mean_outputs=False)
+    analytic = evaluation("input_gradient", critic, x, critic_args, critic_kwargs, engine)
+    if analytic is None:
+        _, (gradient,) = double_backward("input_gradient", critic, x, critic_args, critic_kwargs or {}, False)
+    else:
+        _, (gradient,) = analytic.scores_and_gradients([x], 0, 0, x.shape[0])
     return guard("input_gradient", critic, gradient.to(x.dtype))
 
 
@@ -215,27 +219,6 @@ def evaluation(
     return Evaluation(parameters, trace.program, trace.scalars, dtype, channels_last, mean_outputs)
 
 
-def critic_gradients(
-    op: str,
-    critic: Critic,
-    x: Inputs,
-    critic_args: Sequence[Any],
-    critic_kwargs: Mapping[str, Any] | None,
-    engine: Engine,
-    *,
-    mean_outputs: bool,
-) -> list[Tensor]:
-    """Return the gradient of each sample's summed outputs with respect to every tensor of x.
-
-    ``mean_outputs`` averages a sample's outputs instead. The analytic engine returns float32 for 16-bit inputs.
-    """
-    analytic = evaluation(op, critic, x, critic_args, critic_kwargs, engine, mean_outputs=mean_outputs)
-    if analytic is None:
-        return double_backward(op, critic, x, critic_args, critic_kwargs or {}, mean_outputs)[1]
-    points = tensors_of(op, "x", x)
-    return analytic.scores_and_gradients(points, 0, 0, points[0].shape[0])[1]
-
-
 def check_engine(op: str, engine: str) -> None:
     """Raise ValueError unless there is such an engine."""
     if engine not in get_args(Engine):
@@ -264,7 +247,10 @@ def double_backward(
     critic_kwargs: Mapping[str, Any],
     mean_outputs: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the critic's outputs and the gradients of ``critic_gradients``, both by autograd."""
+    """Return the critic's outputs, and the gradient of each sample's summed outputs by every tensor of x, by autograd.
+
+    ``mean_outputs`` averages a sample's outputs instead.
+    """
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{op}: torch.compile cannot differentiate twice, and this critic takes autograd's double backward; "
@@ -275,7 +261,7 @@ def double_backward(
         warnings.warn(
             f"{op}: the critic normalizes over the batch, so that the gradient at a sample takes in the scores of the "
             "others; put BatchNorm in eval mode, or normalize each sample by itself",
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
     if transformed():
 
@@ -310,6 +296,14 @@ def double_backward(
     if all(gradient is None for gradient in gradients):
         raise ValueError(f"{op}: the critic's scores do not depend on its input")
     return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, points, strict=True)]
+
+
+def _callers_level() -> int:
+    """The stacklevel, for the function that calls this, of the code that called the library."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].startswith("wgan_ext."):
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def called(op: str, critic: Critic, x: Inputs, critic_args: Sequence[Any], critic_kwargs: Mapping[str, Any]) -> Tensor:

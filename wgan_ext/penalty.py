@@ -20,7 +20,17 @@ from ._checks import (
     check_type,
 )
 from ._distributed import guard
-from .critic import Critic, Engine, Inputs, check_engine, critic_gradients, map_tensors, tensors_of
+from .critic import (
+    Critic,
+    Engine,
+    Evaluation,
+    Inputs,
+    check_engine,
+    double_backward,
+    evaluation,
+    map_tensors,
+    tensors_of,
+)
 
 __all__ = ["GradientPenalty", "gradient_penalty"]
 
@@ -133,6 +143,36 @@ class Penalty:
             penalty = excess.abs() if self.power == 1 else excess.abs().pow(self.power)
         return (penalty if self.reduction == "none" else _REDUCTIONS[self.reduction](penalty)), norms
 
+    def by_engine(
+        self,
+        analytic: Evaluation,
+        x: list[Tensor],
+        points: Inputs,
+        mask: Inputs | None,
+        *,
+        weight: float = 1.0,
+        real: int = 0,
+        scored: int = 0,
+        first: int = 0,
+        count: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, penalty, scores and norms where x holds ``real`` and other ``scored`` rows, and points from ``first``.
+
+        Only the loss need be differentiable; without scored rows it is the weighted penalty.
+        """
+        if mask is None and self.p == 2 and self.reduction in ("mean", "sum"):
+            total = count if self.reduction == "sum" else 1  # the operator averages
+            loss, penalty, scores, norms = analytic.loss(
+                x, real, scored, first, count, weight * total, self.norm, self.one_sided, self.power
+            )
+            return loss, penalty * total if total != 1 else penalty, scores, norms
+        scores, gradients = analytic.scores_and_gradients(x, scored, first, count)
+        penalty, norms = self.of(gradients, points, mask)
+        loss = weight * penalty
+        if scored:
+            loss = scores[real:].mean() - scores[:real].mean() + loss
+        return loss, penalty, scores, norms
+
 
 @overload
 def gradient_penalty(
@@ -223,7 +263,7 @@ def gradient_penalty(
             the input where it is 0 are not constrained. For several inputs, a structure like real.
         generator: Source of mix and noise, on the device of the inputs; None is torch's own.
         mix: The mixing factors, [B, 1, ..., 1] or [B]; None draws one from U[0, 1) for each sample, in float32.
-        critic_args: Further positional arguments of the critic (labels, conditions); such critics take autograd.
+        critic_args: Further positional arguments of the critic (labels, conditions); tensors keep their rows.
         critic_kwargs: Further named arguments of the critic; the same.
         engine: "auto", "analytic" (raises where it cannot) or "autograd"; ``explain`` tells which "auto" takes.
         return_norms: Return also the norms, [B], detached.
@@ -238,10 +278,13 @@ def gradient_penalty(
     """
     kind = Penalty("gradient_penalty", at, target, one_sided, power, p, reduction, output_reduction)
     points = kind.points(real, fake, mix, generator)
-    gradients = critic_gradients(
-        kind.op, critic, points, critic_args, critic_kwargs, engine, mean_outputs=kind.mean_outputs
-    )
-    penalty, norms = kind.of(gradients, points, mask)
+    analytic = evaluation(kind.op, critic, points, critic_args, critic_kwargs, engine, mean_outputs=kind.mean_outputs)
+    if analytic is None:
+        gradients = double_backward(kind.op, critic, points, critic_args, critic_kwargs or {}, kind.mean_outputs)[1]
+        penalty, norms = kind.of(gradients, points, mask)
+    else:
+        x = tensors_of(kind.op, "points", points)
+        penalty, _, _, norms = kind.by_engine(analytic, x, points, mask, count=x[0].shape[0])
     penalty = guard(kind.op, critic, penalty)
     return (penalty, norms.detach()) if return_norms else penalty
 
@@ -250,8 +293,9 @@ class GradientPenalty(nn.Module):
     """``gradient_penalty`` with its options set once; on demand only at each k-th call (lazy regularisation).
 
     With ``every=k`` the first call and each k-th one after it return k times the penalty, the others a zero without
-    gradient (and, for ``return_norms``, no norms: shape [0]). Karras et al. 2020 (StyleGAN2, appendix B) then scale
-    Adam's learning rate by c = k / (k + 1) and raise its betas to the power c. The count is kept in ``state_dict``.
+    gradient (and, for ``return_norms``, no norms: shape [0]). Karras et al. 2020 (StyleGAN2, appendix B), who take the
+    penalty in a further step of the optimizer, then scale Adam's learning rate by c = k / (k + 1) and raise its betas
+    to the power c; as a term of the critic's loss it wants no such correction. The count is kept in ``state_dict``.
     """
 
     def __init__(

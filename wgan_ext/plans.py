@@ -16,6 +16,7 @@ import threading
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,8 @@ class Plan:
     """The variables outside the critic that its forwards read: namespace or cell, name, frozen value."""
     attributes: list[tuple[str, str, Any]] = dataclasses.field(default_factory=list)
     """The plain attributes of the critic's modules: path, name, value."""
+    plain: list[tuple[weakref.ref[nn.Module], str]] | None = None
+    """The module and name of each parameter of the trace, if all are parameters of modules: quick to read."""
 
     def holds(self) -> bool:
         """Whether the modules are still there and the variables have their values."""
@@ -79,6 +82,7 @@ class _Plans:
 
     def __init__(self) -> None:
         self.plans: dict[Any, Plan] = {}
+        self.last: tuple[list[Any], Plan] | None = None  # comparing keys is quicker than hashing one
         self.made = 0
         self.found = 0
 
@@ -98,7 +102,8 @@ def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return _refusal("a hook is registered for all modules")
     if torch.compiler.is_compiling():
-        constant = _constant_plan(critic, map_leaves(_like, (x, args, kwargs)))
+        batch = tensors_in(x)[0].shape[0]
+        constant = _constant_plan(critic, map_leaves(functools.partial(_like, batch=batch), (x, args, kwargs)))
         _guard(constant, critic)
         return constant
     return _plan_for(critic, x, args, kwargs)
@@ -108,13 +113,18 @@ def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str
     plans = _plans.get(critic)
     if plans is None:
         plans = _plans[critic] = _Plans()
-    try:
-        key = (_signature(x, args, kwargs), _autocast_dtype(tensors_in(x)[0]), *_state(critic))
-        plan = plans.plans.get(key)
-    except TypeError as error:
-        return _refusal(f"its state or arguments cannot be compared: {error}")
+    state = _state(critic)
+    state += (_signature(x, args, kwargs), _autocast_dtype(x if isinstance(x, Tensor) else tensors_in(x)[0]))
+    if plans.last is not None and plans.last[0] == state:
+        plan: Plan | None = plans.last[1]
+    else:
+        try:
+            plan = plans.plans.get(tuple(state))
+        except TypeError as error:
+            return _refusal(f"its state or arguments cannot be compared: {error}")
     if plan is not None and plan.holds():
         plans.found += 1
+        plans.last = state, plan
         return plan
     if plans.exhausted:
         return _refusal("its attributes, or the shapes of its arguments, change too often to trace it each time")
@@ -122,7 +132,7 @@ def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str
         plans.made += 1
         if len(plans.plans) >= 16:
             plans.plans.clear()
-        plan = plans.plans[key] = _make(critic, x, args, kwargs)
+        plan = plans.plans[tuple(state)] = _make(critic, x, args, kwargs)
     return plan
 
 
@@ -150,7 +160,9 @@ def _add_state(module: nn.Module, state: list[Any]) -> None:
     state += (id(module), module.__class__)
     attributes = module.__dict__
     for name, value in attributes.items():
-        if name not in _IGNORED:
+        if value.__class__ in _ATOMS:
+            state.append(value)
+        elif name not in _IGNORED and (value.__class__ is not OrderedDict or value):
             state.append(_frozen(value))
     for tensors in (attributes["_parameters"], attributes["_buffers"]):
         for tensor in tensors.values():
@@ -358,14 +370,28 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
             for name, value in module.__dict__.items()
             if isinstance(value, (bool, int, float, str)) and name not in _IGNORED
         ]
-        plan = Plan(made, modules, variables, attributes)
+        plan = Plan(made, modules, variables, attributes, _plain_parameters(made, critic, modules))
         made.obstacle = made.obstacle or blame or _disagreement(plan, critic, *some)
     return plan
 
 
-def _like(leaf: Any) -> Any:
-    """What a tensor is but for its values; torch.compile cannot hand over tensors."""
-    return ("tensor", tuple(int(n) for n in leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+def _plain_parameters(
+    made: Trace, critic: nn.Module, modules: dict[str, weakref.ref[nn.Module]]
+) -> list[tuple[weakref.ref[nn.Module], str]] | None:
+    plain = []
+    for kind, path, name in made.parameters:
+        if kind != "attribute" or name not in critic.get_submodule(path)._parameters:
+            return None
+        plain.append((modules[path], name))
+    return None if made.steps or made.hooked else plain
+
+
+def _like(leaf: Any, batch: Any) -> Any:
+    """What a tensor is but for its values and the number of samples; torch.compile cannot hand over tensors."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    batched = leaf.dim() > 0 and leaf.shape[0] == batch
+    return "tensor", batched, tuple(leaf.shape[1:] if batched else leaf.shape), leaf.dtype, leaf.device
 
 
 def _unlike(structure: Any) -> Any:
@@ -374,8 +400,9 @@ def _unlike(structure: Any) -> Any:
         return {key: _unlike(value) for key, value in structure.items()}
     if not isinstance(structure, (tuple, list)):
         return structure
-    if len(structure) == 4 and structure[0] == "tensor":
-        _, shape, dtype, device = structure
+    if len(structure) == 5 and structure[0] == "tensor":
+        _, batched, shape, dtype, device = structure
+        shape = (4, *shape) if batched else shape
         return torch.zeros(shape, dtype=dtype, device=device) + (torch.randn(shape) if dtype.is_floating_point else 0)
     return type(structure)(map(_unlike, structure))
 
@@ -400,6 +427,7 @@ def _rows(leaf: Any, batch: int, n: int) -> Any:
 
 def _disagreement(plan: Plan, critic: nn.Module, x: Any, args: Any, kwargs: Any) -> str:
     """Compare the plan with autograd on a few samples; returns what is wrong."""
+    x = map_leaves(lambda t: t.nan_to_num(0, 0, 0), x)  # NaN agrees with nothing
     points = tensors_in(x)
     rows = points[0].shape[0]
     dtype = compute_dtype(points[0])
@@ -439,6 +467,8 @@ def read_parameters(
     Further arguments that have a batch are repeated for ``copies`` batches.
     """
     t = plan.trace
+    if plan.plain is not None and not torch.compiler.is_compiling():  # which knows no weak references
+        return [module()._parameters[name] for module, name in plan.plain]  # type: ignore[union-attr, misc]
     if hooks:
         for path in t.hooked:
             module = _module(plan, critic, path)
@@ -472,7 +502,7 @@ def read_parameters(
 
 
 def _module(plan: Plan, critic: nn.Module, path: str) -> nn.Module:
-    if torch.compiler.is_compiling():  # which knows no weak references, and follows attributes
+    if torch.compiler.is_compiling():
         return critic.get_submodule(path)
     module = plan.modules[path]()
     assert module is not None, path  # the plan holds

@@ -65,6 +65,59 @@ def critic(
     return total[:scored], [g[first : first + count].to(dtype) for g in gradients]
 
 
+def critic_loss(
+    x: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    program: Sequence[int],
+    scalars: Sequence[float],
+    mean_outputs: bool,
+    real: int,
+    scored: int,
+    first: int,
+    count: int,
+    compute_dtype: torch.dtype,
+    channels_last: bool,
+    weight: float,
+    target: float,
+    one_sided: bool,
+    power: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the operator of this name computes from the results of ``critic``, which explains the other arguments.
+
+    Args:
+        x: As there.
+        parameters: As there.
+        program: As there.
+        scalars: As there.
+        mean_outputs: As there.
+        real: The number of scored rows, the first ones, that are real samples; the others are fake ones.
+        scored: As there.
+        first: As there.
+        count: As there.
+        compute_dtype: As there.
+        channels_last: As there.
+        weight: What the penalty is multiplied by in the loss.
+        target: The norm that is not penalised.
+        one_sided: Smaller norms are not penalised either.
+        power: The power of the distance to the target, at least 1.
+
+    Returns:
+        The loss: mean score of the fake rows minus that of the real ones, if any are scored, plus weight times the
+        penalty; the penalty, a mean over samples; the scores; the norms of the gradients, [count]. Only the loss can be
+        differentiated.
+    """
+    scores, gradients = critic(
+        x, parameters, program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last
+    )
+    norms = torch.linalg.vector_norm(torch.cat([g.reshape(count, -1) for g in gradients], 1), dim=1)
+    excess = norms - target
+    penalty = ((excess.clamp_min(0) if one_sided else excess.abs()) ** power).mean()
+    loss = weight * penalty
+    if scored:
+        loss = loss + scores[real:].mean() - scores[:real].mean()
+    return loss, penalty.detach(), scores.detach(), norms.detach()
+
+
 def _records(program: Sequence[int]) -> Iterator[tuple[Kind, list[int], list[int]]]:
     """Each record's kind, payload and sizes."""
     rest = list(program)

@@ -14,7 +14,6 @@ from ._distributed import guard
 from .critic import (
     Critic,
     Engine,
-    Evaluation,
     Inputs,
     called,
     check_engine,
@@ -25,6 +24,7 @@ from .critic import (
     tensors_of,
 )
 from .penalty import OutputReduction, Penalty, Points
+from .tracing import tensors_in
 
 __all__ = ["CriticLoss", "CriticLossParts", "wgan_gp_loss"]
 
@@ -151,6 +151,11 @@ def wgan_gp_loss(
     kind.check_loss(real, fake)
     points = kind.points(real, fake, mix, generator)
     rows = _Rows(kind, real, fake, points)
+    if rows.real != rows.fake and any(t.shape[:1] == (rows.real,) for t in tensors_in((critic_args, critic_kwargs))):
+        raise ValueError(
+            f"{kind.op}: fake must have as many samples as real ({rows.real}), got {rows.fake}: critic_args and "
+            "critic_kwargs hold one row a sample, the same for both"
+        )
     analytic = evaluation(
         kind.op,
         critic,
@@ -164,7 +169,19 @@ def wgan_gp_loss(
     if analytic is None:
         parts = _by_autograd(kind, critic, real, fake, rows, points, weight, mask, critic_args, critic_kwargs or {})
     else:
-        parts = _by_engine(kind, analytic, rows, points, weight, mask)
+        loss, penalty, scores, norms = kind.by_engine(
+            analytic,
+            rows.stacked(),
+            points,
+            mask,
+            weight=weight,
+            real=rows.real,
+            scored=rows.scored,
+            first=rows.first,
+            count=rows.count,
+        )
+        real_scores, fake_scores = scores.detach()[: rows.real], scores.detach()[rows.real :]
+        parts = CriticLossParts(loss, penalty.detach(), real_scores, fake_scores, norms.detach())
     loss = guard(kind.op, critic, parts.loss)
     return parts._replace(loss=loss) if return_parts else loss
 
@@ -191,28 +208,8 @@ class _Rows:
         self.total = max(self.scored, self.first + self.count)
 
     def stacked(self) -> list[Tensor]:
+        """Each input of the critic, all rows."""
         return [torch.cat([t.detach() for t in tensors]) for tensors in zip(*self.batches, strict=True)]
-
-
-def _by_engine(
-    kind: Penalty, analytic: Evaluation, rows: _Rows, points: Inputs, weight: float, mask: Inputs | None
-) -> CriticLossParts:
-    x = rows.stacked()
-    if mask is None and kind.p == 2 and kind.reduction != "max":
-        # the operator averages
-        factor = weight * rows.count if kind.reduction == "sum" else weight
-        loss, penalty, scores, norms = analytic.loss(
-            x, rows.real, rows.scored, rows.first, rows.count, factor, kind.norm, kind.one_sided, kind.power
-        )
-        if kind.reduction == "sum":
-            penalty = penalty * rows.count
-    else:
-        scores, gradients = analytic.scores_and_gradients(x, rows.scored, rows.first, rows.count)
-        penalty, norms = kind.of(gradients, points, mask)
-        loss = scores[rows.real :].mean() - scores[: rows.real].mean() + weight * penalty
-    return CriticLossParts(
-        loss, penalty.detach(), scores[: rows.real].detach(), scores[rows.real :].detach(), norms.detach()
-    )
 
 
 def _by_autograd(

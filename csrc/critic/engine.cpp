@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/mul.h>
@@ -10,6 +11,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/irange.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace wgan_ext::critic {
@@ -106,8 +108,9 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
     Tensors in;
     for (const int64_t input : layer.inputs) in.push_back(--uses[input] ? values[input] : take(values[input]));
     Tensor value = layer.forward(frame_, std::move(in), all, tape_.extras[i]);
-    TORCH_CHECK_VALUE(value.sizes().slice(1) == layer.sizes, kOp, ": layer ", i, " makes samples of shape ",
-                      value.sizes().slice(1), ", where program says ", layer.sizes);
+    TORCH_CHECK_VALUE(value.size(0) == all.total && value.sizes().slice(1) == layer.sizes, kOp, ": layer ", i,
+                      " makes ", value.size(0), " samples of shape ", value.sizes().slice(1), ", where program says ",
+                      all.total, " of ", layer.sizes);
     store(program_.inputs + static_cast<int64_t>(i), std::move(value));
   }
 
@@ -159,12 +162,20 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep) {
 
 Tensors Engine::packed() const {
   Tensors result;
-  for (const Tensor& t : tape_.values)
-    if (t.defined()) result.push_back(t);
-  for (const auto i : c10::irange(program_.layers.size()))
-    result.insert(result.end(), tape_.extras[i].begin(), tape_.extras[i].end());
-  for (const Tensor& t : tape_.gradients)
-    if (t.defined()) result.push_back(t);
+  std::vector<const c10::StorageImpl*> taken;
+  const auto memory = [](const Tensor& t) { return t.storage().unsafeGetStorageImpl(); };
+  for (const TensorList given : {x_, given_})
+    for (const Tensor& t : given) taken.push_back(memory(t));
+  const auto pack = [&](const Tensor& t) {
+    if (!t.defined()) return;
+    const bool shared = std::find(taken.begin(), taken.end(), memory(t)) != taken.end();
+    result.push_back(shared ? t.clone() : t);
+    taken.push_back(memory(result.back()));
+  };
+  for (const auto i : c10::irange(program_.inputs, program_.values())) pack(tape_.values[i]);
+  for (const Tensors& extras : tape_.extras)
+    for (const Tensor& t : extras) pack(t);
+  for (const Tensor& t : tape_.gradients) pack(t);
   return result;
 }
 
@@ -175,7 +186,7 @@ void Engine::unpack(TensorList kept) {
     return kept[next++];
   };
   for (const auto i : c10::irange(program_.values()))
-    if (keeps_value_[i]) tape_.values[i] = take();
+    if (keeps_value_[i]) tape_.values[i] = i < program_.inputs ? frame_.enter(x_[i]) : take();
   for (const auto i : c10::irange(program_.layers.size()))
     for (size_t n = runs_[i] ? program_.layers[i]->extras() : 0; n > 0; --n) tape_.extras[i].push_back(take());
   for (const auto i : c10::irange(program_.values()))
@@ -206,19 +217,18 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
 
   // All is linear in the cotangents. In float16 they are carried scaled to at most about 1, lest they underflow.
   Tensor scale, c;
+  const bool scored = grad_scores.defined() && scored_.count > 0;
   if (frame_.options.dtype() == at::kHalf) {
-    for (const Tensor& grad : grad_gradients) {
+    const auto take_in = [&](const Tensor& grad) {
       const Tensor largest = at::linalg_vector_norm(grad, INFINITY);
       scale = scale.defined() ? at::maximum(scale, largest) : largest;
-    }
-    if (grad_scores.defined()) {
-      const Tensor largest = at::linalg_vector_norm(grad_scores, INFINITY);
-      scale = scale.defined() ? at::maximum(scale, largest) : largest;
-    }
-    scale = scale.clamp(1e-30, 1e30).log2().floor().exp2();
+    };
+    for (const Tensor& grad : grad_gradients) take_in(grad);
+    if (scored) take_in(grad_scores);
+    if (scale.defined()) scale = scale.clamp(1e-30, 1e30).log2().floor().exp2();
   }
   const auto enter = [&](const Tensor& t) { return frame_.enter(scale.defined() ? t.div(scale) : t); };
-  if (grad_scores.defined()) c = enter(grad_scores);
+  if (scored) c = enter(grad_scores);
   Tensors v(values);
   for (const auto i : c10::irange(grad_gradients.size())) v[i] = enter(grad_gradients[i]);
 

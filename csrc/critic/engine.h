@@ -36,7 +36,7 @@ class Engine {
     Tensors gradients;  // of each input, [points, ...]
   };
   Forward forward(TensorList x, bool mean_outputs, bool keep);
-  // The tensors that the forward pass kept, and the other way.
+  // The tensors that the forward pass kept, each in memory of its own (x itself is not among them), and the other way.
   Tensors packed() const;
   void unpack(TensorList kept);
   // The gradients of the wanted parameters, and where curved and `of_x` those of the inputs (else undefined). Either

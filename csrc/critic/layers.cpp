@@ -151,7 +151,7 @@ Tensor weighted_sum(const Tensor& a, const Tensor& c, int64_t count) {
 // Calls the kernels of t's device and dtype; there is nothing to call for an empty tensor or one without memory.
 template <typename Call>
 void with_kernels(const Tensor& t, const Call& call) {
-  if (t.numel() == 0 || t.is_meta()) return;
+  if (t.is_meta() || t.numel() == 0) return;
   const DeviceScope scope(t);
   if (t.scalar_type() == at::kDouble) return call(kernels_for<Kernels<double>>(kOp, t), scope.stream());
   if (t.scalar_type() == at::kFloat) return call(kernels_for<Kernels<float>>(kOp, t), scope.stream());
@@ -175,8 +175,8 @@ T* output(const Tensor& t, const Kernels<T>&) {
 
 // The packed signs of z + bias, [rows, ceil(columns / 8)]; h, if defined, becomes the activation and may be z.
 Tensor activate(const Tensor& z, const Tensor& bias, double slope, const Tensor& h) {
-  const int64_t columns = bias.defined() ? bias.numel() : product(z.sizes().slice(1));
-  const int64_t rows = columns ? z.numel() / columns : z.size(0);
+  const int64_t columns = product(bias.defined() ? bias.sizes() : z.sizes().slice(1));
+  const int64_t rows = columns ? product(z.sizes()) / columns : z.size(0);
   Tensor signs = at::empty({rows, ceil_div(columns, 8)}, z.options().dtype(at::kByte));
   with_kernels(z, [&](const auto& kernels, Stream stream) {
     kernels.activate(input(z, kernels), input(bias, kernels), slope, output(h, kernels),
@@ -189,8 +189,8 @@ Tensor activate(const Tensor& z, const Tensor& bias, double slope, const Tensor&
 Tensor mask(const Frame& frame, Tensor t, const Tensor& signs, double slope, int64_t batch) {
   if (!t.is_contiguous(frame.format(t.sizes()))) t = frame.arrange(t);
   const Tensor out = t.size(0) == batch && ours(t) ? t : frame.empty(batched(batch, t.sizes().slice(1).vec()));
-  if (out.numel() == 0) return out;
-  const int64_t rows = signs.size(0), columns = out.numel() / rows, in_rows = t.numel() / columns;
+  if (product(out.sizes()) == 0) return out;
+  const int64_t rows = signs.size(0), columns = product(out.sizes()) / rows, in_rows = product(t.sizes()) / columns;
   with_kernels(out, [&](const auto& kernels, Stream stream) {
     kernels.mask(input(t, kernels), in_rows, signs.const_data_ptr<uint8_t>(), slope, output(out, kernels), rows,
                  columns, stream);
@@ -523,7 +523,7 @@ struct Prelu : Unary {
   // The slopes, broadcastable to z.
   Tensor slopes(const Frame& frame, const Tensor& z) const {
     Shape shape(z.dim(), 1);
-    if (z.dim() > 1) shape[1] = frame.parameters[P].numel();
+    if (z.dim() > 1) shape[1] = product(frame.parameters[P].sizes());
     return frame.parameters[P].view(shape);
   }
   Tensor forward(const Frame& frame, Tensors in, Rows, Tensors&) const override {
@@ -1042,9 +1042,8 @@ std::unique_ptr<Layer> make_activation(Reader& r) {
       return std::make_unique<Softplus>(r);
     case elu:
       return std::make_unique<Elu>(r);
-    default:
-      r.take();  // where its scalars would start
   }
+  r.take();  // where its scalars would start
   switch (function) {
     case silu:
       return std::make_unique<Silu>();
@@ -1154,8 +1153,16 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     const size_t spatial = taken && !sizes[in[0]].empty() ? sizes[in[0]].size() - 1 : 0;
     TORCH_CHECK_VALUE((kind != adaptive_avg_pool && kind != resize) || (spatial && out.size() == spatial + 1), kOp,
                       ": program resizes samples with ", spatial, " spatial dimensions to shape ", out);
+    if (kind == add || kind == multiply || kind == multiply_parameter || kind == cat)
+      for (const int64_t value : in)
+        TORCH_CHECK_VALUE(sizes[value].size() == out.size(), kOp, ": program joins samples that are not of one number ",
+                          "of dimensions: ", sizes[value], " to make ", out);
     std::unique_ptr<Layer> layer = make_layer(kind, reader, spatial);
     TORCH_CHECK_VALUE(reader.left() == 0, kOp, ": program has a record that is too long: ", record);
+    if (kind == multiply_parameter)
+      TORCH_CHECK_VALUE(parameters[layer->weight()].dim() <= static_cast<int64_t>(out.size()) + 1, kOp,
+                        ": program multiplies by a parameter of too many dimensions, ",
+                        parameters[layer->weight()].sizes(), ", to make ", out);
     layer->inputs = in.vec();
     layer->sizes = out;
     bool moves = false, parametric = layer->weight() >= 0 || layer->bias() >= 0;

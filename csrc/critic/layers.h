@@ -17,7 +17,7 @@
 
 namespace wgan_ext::critic {
 
-constexpr char kOp[] = "critic";
+constexpr char kOp[] = "critic", kLossOp[] = "critic_loss";
 
 using at::IntArrayRef;
 using at::Tensor;

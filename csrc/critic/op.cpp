@@ -1,12 +1,21 @@
-// The operator `critic`: the scores of a critic and their gradient with respect to its input, differentiable once.
-// engine.h says how, docs/how_it_works.md what a program is.
+// The operators `critic`, the scores of a critic and their gradient with respect to its input, and `critic_loss`, a
+// loss made of both; each is differentiable once. engine.h says how, docs/how_it_works.md what a program is.
+#define AT_PER_OPERATOR_HEADERS  // before ATen/TensorOperators.h, which else includes every operator
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/hypot.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cmath>
+#include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -24,7 +33,16 @@ struct Plain {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-Rows check_inputs(TensorList x, TensorList parameters, int64_t scored, int64_t first, int64_t count) {
+struct Options {
+  IntArrayRef program;
+  Scalars scalars;
+  bool mean_outputs;
+  int64_t scored, first, count;
+  at::ScalarType compute_dtype;
+  bool channels_last;
+};
+
+Rows check_inputs(TensorList x, TensorList parameters, const Options& o) {
   TORCH_CHECK_VALUE(!x.empty(), kOp, ": x must hold at least one tensor");
   for (const Tensor& t : x) {
     check_floating(kOp, "x", t);
@@ -38,35 +56,36 @@ Rows check_inputs(TensorList x, TensorList parameters, int64_t scored, int64_t f
     check_floating(kOp, "parameters", parameter);
   }
   const int64_t rows = x[0].size(0);
-  const bool within = scored >= 0 && scored <= rows && first >= 0 && count >= 0 && first + count <= rows;
-  TORCH_CHECK_VALUE(within && (scored == rows || (scored == first && first + count == rows)), kOp,
-                    ": scored and points must cover the ", rows, " rows of x, got ", scored, " scored and points ",
-                    first, " to ", first + count);
-  return {first, count, rows};
+  const bool within = o.scored >= 0 && o.scored <= rows && o.first >= 0 && o.count >= 0 && o.first + o.count <= rows;
+  TORCH_CHECK_VALUE(within && (o.scored == rows || (o.scored == o.first && o.first + o.count == rows)), kOp,
+                    ": scored and points must cover the ", rows, " rows of x, got ", o.scored, " scored and points ",
+                    o.first, " to ", o.first + o.count);
+  return {o.first, o.count, rows};
 }
 
-std::tuple<Tensor, Tensors, Tensors> run(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars,
-                                         bool mean_outputs, int64_t scored, int64_t first, int64_t count,
-                                         at::ScalarType compute_dtype, bool channels_last, bool keep) {
-  const Rows points = check_inputs(x, parameters, scored, first, count);
+// Scores and gradients, and what the backward pass needs besides, if `keep`.
+std::tuple<Engine::Forward, Tensors> evaluate(TensorList x, TensorList parameters, const Options& o, bool keep) {
+  const Rows points = check_inputs(x, parameters, o);
   const Plain plain;
-  Engine engine(x, parameters, program, scalars, scored, points, compute_dtype, channels_last);
-  auto [scores, gradients] = engine.forward(x, mean_outputs, keep);
-  return {scores, gradients, keep ? engine.packed() : Tensors()};
+  Engine engine(x, parameters, o.program, o.scalars, o.scored, points, o.compute_dtype, o.channels_last);
+  Engine::Forward result = engine.forward(x, o.mean_outputs, keep);
+  return {std::move(result), keep ? engine.packed() : Tensors()};
 }
 
 std::tuple<Tensor, Tensors> critic(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars,
                                    bool mean_outputs, int64_t scored, int64_t first, int64_t count,
                                    at::ScalarType compute_dtype, bool channels_last) {
-  auto [scores, gradients, kept] =
-      run(x, parameters, program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last, false);
-  return {scores, gradients};
+  const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
+  auto [result, kept] = evaluate(x, parameters, options, false);
+  return {result.scores, result.gradients};
 }
 
 std::tuple<Tensor, Tensors, Tensors> critic_forward(TensorList x, TensorList parameters, IntArrayRef program,
                                                     Scalars scalars, bool mean_outputs, int64_t scored, int64_t first,
                                                     int64_t count, at::ScalarType compute_dtype, bool channels_last) {
-  return run(x, parameters, program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last, true);
+  const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
+  auto [result, kept] = evaluate(x, parameters, options, true);
+  return {result.scores, result.gradients, kept};
 }
 
 // The gradients of the wanted parameters and, with of_x, of x.
@@ -74,7 +93,8 @@ Tensors critic_backward(OptionalTensor grad_scores, TensorList grad_gradients, T
                         TensorList kept, IntArrayRef program, Scalars scalars, int64_t scored, int64_t first,
                         int64_t count, at::ScalarType compute_dtype, bool channels_last, IntArrayRef wanted,
                         bool of_x) {
-  const Rows points = check_inputs(x, parameters, scored, first, count);
+  const Options options{program, scalars, false, scored, first, count, compute_dtype, channels_last};
+  const Rows points = check_inputs(x, parameters, options);
   TORCH_CHECK_VALUE(grad_gradients.empty() || grad_gradients.size() == x.size(), kOp,
                     ": grad_gradients must be as many as x (", x.size(), ") or none, got ", grad_gradients.size());
   TORCH_CHECK_VALUE(grad_scores || !grad_gradients.empty(), kOp, ": backward needs a cotangent");
@@ -92,89 +112,202 @@ Tensors critic_backward(OptionalTensor grad_scores, TensorList grad_gradients, T
   return result.parameters;
 }
 
+// What critic_loss makes of scores, of which the first `real` are those of real samples, and of gradients.
+struct Loss {
+  int64_t real;
+  double weight, target;
+  bool one_sided;
+  double power;
+};
+
+void check_loss(const Options& o, const Loss& l) {
+  TORCH_CHECK_VALUE(o.scored == 0 || (l.real > 0 && l.real < o.scored), kLossOp, ": real must be from 1 to ",
+                    o.scored - 1, ", of ", o.scored, " scored, got ", l.real);
+  TORCH_CHECK_VALUE(o.count > 0, kLossOp, ": count must be at least 1, got ", o.count);
+  TORCH_CHECK_VALUE(std::isfinite(l.weight), kLossOp, ": weight must be finite, got ", l.weight);
+  TORCH_CHECK_VALUE(std::isfinite(l.target), kLossOp, ": target must be finite, got ", l.target);
+  TORCH_CHECK_VALUE(l.power >= 1 && std::isfinite(l.power), kLossOp, ": power must be at least 1 and finite, got ",
+                    l.power);
+}
+
+// t [samples] to multiply what has so many samples and dimensions.
+Tensor per_sample(const Tensor& t, int64_t dims) {
+  Shape shape(dims, 1);
+  shape[0] = -1;
+  return t.view(shape);
+}
+
+// The 2-norm of each sample's gradient, over all inputs. It overflows only where it cannot be represented.
+Tensor norms_of(const Tensors& gradients) {
+  Tensor norms;
+  for (const Tensor& gradient : gradients) {
+    const Tensor g = gradient.dim() > 1 ? gradient : gradient.unsqueeze(1);
+    Shape dims(g.dim() - 1);
+    std::iota(dims.begin(), dims.end(), 1);
+    Tensor part;
+    if (g.scalar_type() == at::kDouble) {
+      using Limits = std::numeric_limits<double>;
+      const Tensor scale = at::linalg_vector_norm(g, INFINITY, dims, true).clamp_(Limits::min(), Limits::max());
+      part = at::linalg_vector_norm(g / scale, 2, dims).mul_(scale.view(-1));
+    } else {
+      part = at::linalg_vector_norm(g, 2, dims, false, at::kDouble).to(g.scalar_type());
+    }
+    norms = norms.defined() ? at::hypot(norms, part) : part;
+  }
+  return norms;
+}
+
+// The results of critic_loss, and the derivatives of the loss with respect to scores and gradients.
+struct Evaluated {
+  Tensor loss, penalty, scores, norms, of_scores;
+  Tensors of_gradients;
+};
+
+Evaluated apply(const Loss& l, const Engine::Forward& critic, bool differentiate) {
+  const int64_t scored = critic.scores.size(0), real = l.real, fake = scored - real;
+  Evaluated e;
+  e.scores = critic.scores;
+  e.norms = norms_of(critic.gradients);
+  Tensor excess = e.norms - l.target;
+  if (l.one_sided) excess.clamp_min_(0);
+  const auto raised = [&](double power) {
+    return power == 2 ? excess.square() : power == 1 ? excess.abs() : excess.abs().pow_(power);
+  };
+  e.penalty = raised(l.power).mean();
+  e.loss = e.penalty * l.weight;
+  if (scored) e.loss.add_(e.scores.narrow(0, real, fake).mean()).sub_(e.scores.narrow(0, 0, real).mean());
+  if (!differentiate) return e;
+
+  e.of_scores = at::empty_like(e.scores);
+  if (scored) {
+    e.of_scores.narrow(0, 0, real).fill_(-1.0 / static_cast<double>(real));
+    e.of_scores.narrow(0, real, fake).fill_(1.0 / static_cast<double>(fake));
+  }
+  // A norm of 0, or so small that its inverse overflows, has the derivative 0.
+  const double least =
+      e.norms.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+  const Tensor slope = l.power == 2 ? excess : l.power == 1 ? excess.sgn() : raised(l.power - 1).mul_(excess.sgn());
+  const Tensor factor = slope.div(e.norms)
+                            .masked_fill_(e.norms < least, 0)
+                            .mul_(l.weight * l.power / static_cast<double>(e.norms.size(0)));
+  for (const Tensor& gradient : critic.gradients)
+    e.of_gradients.push_back(gradient * per_sample(factor, gradient.dim()));
+  return e;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> critic_loss(TensorList x, TensorList parameters, IntArrayRef program,
+                                                       Scalars scalars, bool mean_outputs, int64_t real, int64_t scored,
+                                                       int64_t first, int64_t count, at::ScalarType compute_dtype,
+                                                       bool channels_last, double weight, double target, bool one_sided,
+                                                       double power) {
+  const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
+  const Loss loss{real, weight, target, one_sided, power};
+  check_loss(options, loss);
+  const auto [critic, kept] = evaluate(x, parameters, options, false);
+  const Plain plain;
+  const Evaluated e = apply(loss, critic, false);
+  return {e.loss, e.penalty, e.scores, e.norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> critic_loss_forward(
+    TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars, bool mean_outputs, int64_t real,
+    int64_t scored, int64_t first, int64_t count, at::ScalarType compute_dtype, bool channels_last, double weight,
+    double target, bool one_sided, double power) {
+  const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
+  const Loss loss{real, weight, target, one_sided, power};
+  check_loss(options, loss);
+  const auto [critic, kept] = evaluate(x, parameters, options, true);
+  const Plain plain;
+  const Evaluated e = apply(loss, critic, true);
+  return {e.loss, e.penalty, e.scores, e.norms, e.of_scores, e.of_gradients, kept};
+}
+
 template <typename Signature>
 auto typed_handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-struct Options {
-  IntArrayRef program;
-  Scalars scalars;
-  bool mean_outputs;
-  int64_t scored, first, count;
-  at::ScalarType compute_dtype;
-  bool channels_last;
-};
+using Context = torch::autograd::AutogradContext;
+using Variables = torch::autograd::variable_list;
 
-// What it keeps of the forward pass is no output, which is sound because the backward refuses to be differentiated.
-struct Critic : torch::autograd::Function<Critic> {
-  using Context = torch::autograd::AutogradContext;
-  using Variables = torch::autograd::variable_list;
+// What a node keeps from its forward to its backward pass. What the engine kept is no output, which is sound because
+// the backward refuses to be differentiated.
+struct Saved {
+  Variables tensors;
+  size_t extra, inputs, parameters;
+  Shape program;
+  std::vector<double> scalars;
+  Options options;
 
-  static Variables forward(Context* ctx, TensorList x, TensorList parameters, const Options& o) {
-    static const auto op = typed_handle<decltype(critic_forward)>("wgan_ext::critic_forward");
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [scores, gradients, kept] = op.call(x, parameters, o.program, o.scalars, o.mean_outputs, o.scored, o.first,
-                                             o.count, o.compute_dtype, o.channels_last);
-    ctx->set_materialize_grads(false);
-    Variables saved = x.vec();
-    saved.insert(saved.end(), parameters.begin(), parameters.end());
-    saved.insert(saved.end(), kept.begin(), kept.end());
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["sizes"] =
-        Shape{static_cast<int64_t>(x.size()), static_cast<int64_t>(parameters.size()), o.scored, o.first, o.count};
+  // `extra` are tensors that only the node knows.
+  static void save(Context* ctx, const Tensors& extra, TensorList x, TensorList parameters, const Tensors& kept,
+                   const Options& o) {
+    Variables tensors = extra;
+    tensors.reserve(extra.size() + x.size() + parameters.size() + kept.size());
+    tensors.insert(tensors.end(), x.begin(), x.end());
+    tensors.insert(tensors.end(), parameters.begin(), parameters.end());
+    tensors.insert(tensors.end(), kept.begin(), kept.end());
+    ctx->save_for_backward(std::move(tensors));
+    ctx->saved_data["sizes"] = Shape{static_cast<int64_t>(extra.size()),
+                                     static_cast<int64_t>(x.size()),
+                                     static_cast<int64_t>(parameters.size()),
+                                     o.scored,
+                                     o.first,
+                                     o.count};
     ctx->saved_data["program"] = o.program;
     ctx->saved_data["scalars"] = o.scalars;
     ctx->saved_data["compute_dtype"] = o.compute_dtype;
     ctx->saved_data["channels_last"] = o.channels_last;
-    Variables outputs = {scores};
-    outputs.insert(outputs.end(), gradients.begin(), gradients.end());
-    return outputs;
+    ctx->set_materialize_grads(false);
   }
 
-  static Variables backward(Context* ctx, const Variables& grads) {
-    static const auto op = typed_handle<decltype(critic_backward)>("wgan_ext::critic_backward");
-    const Variables saved = ctx->get_saved_variables();
+  explicit Saved(Context* ctx)
+      : tensors(ctx->get_saved_variables()),
+        program(ctx->saved_data["program"].toIntVector()),
+        scalars(ctx->saved_data["scalars"].toDoubleVector()) {
     const Shape sizes = ctx->saved_data["sizes"].toIntVector();
-    const size_t inputs = sizes[0], count = sizes[1];
-    const TensorList all(saved), x = all.slice(0, inputs), parameters = all.slice(inputs, count),
-                                 kept = all.slice(inputs + count);
-    const Shape program = ctx->saved_data["program"].toIntVector();
-    const std::vector<double> scalars = ctx->saved_data["scalars"].toDoubleVector();
-    const auto dtype = ctx->saved_data["compute_dtype"].toScalarType();
-    const Rows points{sizes[3], sizes[4], x[0].size(0)};
-    const Engine engine(x, parameters, program, scalars, sizes[2], points, dtype, false);
+    extra = sizes[0];
+    inputs = sizes[1];
+    parameters = sizes[2];
+    options = {program,
+               scalars,
+               false,
+               sizes[3],
+               sizes[4],
+               sizes[5],
+               ctx->saved_data["compute_dtype"].toScalarType(),
+               ctx->saved_data["channels_last"].toBool()};
+  }
 
-    Variables grad_gradients(grads.begin() + 1, grads.end());
-    bool penalised = false;
-    for (const Tensor& grad : grad_gradients) penalised = penalised || (grad.defined() && points.count);
-    for (const auto i : c10::irange(inputs))
-      if (penalised && !grad_gradients[i].defined())
-        grad_gradients[i] = at::zeros_like(x[i]).narrow(0, points.first, points.count);
-    if (!penalised) grad_gradients.clear();
-    const bool scored = grads[0].defined() && sizes[2];
-    const std::optional<Tensor> grad_scores = scored ? std::optional<Tensor>(grads[0]) : std::nullopt;
+  // The gradients of x and parameters, undefined where there is none.
+  Variables differentiate(Context* ctx, OptionalTensor grad_scores, TensorList grad_gradients) const {
+    static const auto op = typed_handle<decltype(critic_backward)>("wgan_ext::critic_backward");
+    const TensorList all = TensorList(tensors).slice(extra), x = all.slice(0, inputs),
+                     given = all.slice(inputs, parameters), kept = all.slice(inputs + parameters);
+    const Options& o = options;
+    const Rows points{o.first, o.count, x[0].size(0)};
+    const Engine engine(x, given, program, scalars, o.scored, points, o.compute_dtype, o.channels_last);
 
     // As autograd does: what only moves a sign gets zeros, what does not reach the gradient gets none.
-    Variables result(inputs + count + 1);
+    Variables result(inputs + parameters);
     Shape wanted;
-    for (const auto i : c10::irange(count)) {
+    for (const auto i : c10::irange(parameters)) {
       if (!ctx->needs_input_grad(inputs + i)) continue;
       if (engine.moves(static_cast<int64_t>(i)))
         wanted.push_back(static_cast<int64_t>(i));
       else if (engine.reaches(static_cast<int64_t>(i)))
-        result[inputs + i] = at::zeros_like(parameters[i]);
+        result[inputs + i] = at::zeros_like(given[i]);
     }
     bool of_x = false;
     for (const auto i : c10::irange(inputs)) of_x = of_x || ctx->needs_input_grad(i);
-    TORCH_CHECK_NOT_IMPLEMENTED(!of_x || sizes[2] == 0, kOp, ": x cannot be differentiated where it is scored");
+    TORCH_CHECK_NOT_IMPLEMENTED(!of_x || o.scored == 0, kOp, ": x cannot be differentiated where it is scored");
     const bool curved = of_x && engine.curved();
     Variables computed;
-    if (scored || penalised) {
-      computed = op.call(grad_scores, grad_gradients, x, parameters, kept, program, scalars, sizes[2], points.first,
-                         points.count, dtype, ctx->saved_data["channels_last"].toBool(), wanted, curved);
+    if (grad_scores || !grad_gradients.empty()) {
+      computed = op.call(grad_scores, grad_gradients, x, given, kept, program, scalars, o.scored, o.first, o.count,
+                         o.compute_dtype, o.channels_last, wanted, curved);
     } else {  // nothing that the loss depends on has rows
-      for (const int64_t i : wanted) computed.push_back(at::zeros_like(parameters[i]));
+      for (const int64_t i : wanted) computed.push_back(at::zeros_like(given[i]));
       if (curved)
         for (const Tensor& t : x) computed.push_back(at::zeros_like(t));
     }
@@ -190,11 +323,62 @@ struct Critic : torch::autograd::Function<Critic> {
   }
 };
 
+struct Critic : torch::autograd::Function<Critic> {
+  static Variables forward(Context* ctx, TensorList x, TensorList parameters, const Options& o) {
+    static const auto op = typed_handle<decltype(critic_forward)>("wgan_ext::critic_forward");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [scores, gradients, kept] = op.call(x, parameters, o.program, o.scalars, o.mean_outputs, o.scored, o.first,
+                                             o.count, o.compute_dtype, o.channels_last);
+    Saved::save(ctx, {}, x, parameters, kept, o);
+    Variables outputs = {scores};
+    outputs.insert(outputs.end(), gradients.begin(), gradients.end());
+    return outputs;
+  }
+
+  static Variables backward(Context* ctx, const Variables& grads) {
+    const Saved saved(ctx);
+    Variables grad_gradients(grads.begin() + 1, grads.end());
+    bool penalised = false;
+    for (const Tensor& grad : grad_gradients) penalised = penalised || (grad.defined() && saved.options.count);
+    for (const auto i : c10::irange(saved.inputs))
+      if (penalised && !grad_gradients[i].defined())
+        grad_gradients[i] = at::zeros_like(saved.tensors[i]).narrow(0, saved.options.first, saved.options.count);
+    if (!penalised) grad_gradients.clear();
+    const bool scored = grads[0].defined() && saved.options.scored;
+    Variables result = saved.differentiate(ctx, scored ? std::optional(grads[0]) : std::nullopt, grad_gradients);
+    result.emplace_back();  // options
+    return result;
+  }
+};
+
+// The loss is linear in the derivatives that its forward pass left, so that backward only scales them.
+struct CriticLoss : torch::autograd::Function<CriticLoss> {
+  static Variables forward(Context* ctx, TensorList x, TensorList parameters, const Options& o, const Loss& l) {
+    static const auto op = typed_handle<decltype(critic_loss_forward)>("wgan_ext::critic_loss_forward");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, penalty, scores, norms, of_scores, derivatives, kept] =
+        op.call(x, parameters, o.program, o.scalars, o.mean_outputs, l.real, o.scored, o.first, o.count,
+                o.compute_dtype, o.channels_last, l.weight, l.target, l.one_sided, l.power);
+    derivatives.push_back(of_scores);
+    Saved::save(ctx, derivatives, x, parameters, kept, o);
+    ctx->mark_non_differentiable({penalty, scores, norms});
+    return {loss, penalty, scores, norms};
+  }
+
+  static Variables backward(Context* ctx, const Variables& grads) {
+    const Saved saved(ctx);
+    Variables scaled;
+    for (const auto i : c10::irange(saved.extra)) scaled.push_back(saved.tensors[i] * grads[0]);
+    const Tensor of_scores = scaled.back();
+    scaled.pop_back();
+    Variables result = saved.differentiate(ctx, saved.options.scored ? std::optional(of_scores) : std::nullopt, scaled);
+    result.resize(result.size() + 2);  // options and loss
+    return result;
+  }
+};
+
 // Lets the backward run with create_graph=True and refuses only when it is itself differentiated.
 struct Once : torch::autograd::Function<Once> {
-  using Context = torch::autograd::AutogradContext;
-  using Variables = torch::autograd::variable_list;
-
   template <typename Call>
   static Variables forward(Context*, TensorList, TensorList, const Call& call) {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -203,8 +387,8 @@ struct Once : torch::autograd::Function<Once> {
 
   static Variables backward(Context*, const Variables&) {
     TORCH_CHECK_NOT_IMPLEMENTED(false, kOp,
-                                " is differentiable once: for a second derivative of the input gradient use "
-                                "engine=\"autograd\"");
+                                " is differentiable once: for a second derivative of the input gradient, or of a "
+                                "penalty on it, use engine=\"autograd\"");
   }
 };
 
@@ -224,25 +408,69 @@ Tensors critic_backward_autograd(OptionalTensor grad_scores, TensorList grad_gra
 std::tuple<Tensor, Tensors> critic_autograd(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars,
                                             bool mean_outputs, int64_t scored, int64_t first, int64_t count,
                                             at::ScalarType compute_dtype, bool channels_last) {
-  Tensors outputs = Critic::apply(
-      x, parameters, Options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last});
+  const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
+  Tensors outputs = Critic::apply(x, parameters, options);
   return {outputs[0], Tensors(outputs.begin() + 1, outputs.end())};
 }
 
-template <typename Library>
-void implement(Library& m) {
-  m.impl("critic", &critic);
-  m.impl("critic_forward", &critic_forward);
-  m.impl("critic_backward", &critic_backward);
+std::tuple<Tensor, Tensor, Tensor, Tensor> critic_loss_autograd(TensorList x, TensorList parameters,
+                                                                IntArrayRef program, Scalars scalars, bool mean_outputs,
+                                                                int64_t real, int64_t scored, int64_t first,
+                                                                int64_t count, at::ScalarType compute_dtype,
+                                                                bool channels_last, double weight, double target,
+                                                                bool one_sided, double power) {
+  for (const Tensor& t : x)
+    TORCH_CHECK_NOT_IMPLEMENTED(!(t.requires_grad() && at::GradMode::is_enabled()), kLossOp,
+                                ": x cannot be differentiated: detach it, or use engine=\"autograd\"");
+  const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
+  const Loss loss{real, weight, target, one_sided, power};
+  const Tensors outputs = CriticLoss::apply(x, parameters, options, loss);
+  return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
-TORCH_LIBRARY_IMPL(wgan_ext, CPU, m) { implement(m); }
-TORCH_LIBRARY_IMPL(wgan_ext, CUDA, m) { implement(m); }
-TORCH_LIBRARY_IMPL(wgan_ext, Meta, m) { implement(m); }
+// An operator on meta tensors, which torch.compile may give symbolic sizes: a program holds numbers, so that each size
+// becomes a number too, and another one compiles anew.
+template <auto op>
+struct OnMeta;
+template <typename Result, typename... Args, Result (*op)(Args...)>
+struct OnMeta<op> {
+  static Tensor concrete(const Tensor& t) { return at::empty_strided(t.sizes(), t.strides(), t.options()); }
+  static Tensors concrete(TensorList list) {
+    Tensors result;
+    for (const Tensor& t : list) result.push_back(concrete(t));
+    return result;
+  }
+  static std::optional<Tensor> concrete(OptionalTensor t) { return t ? std::optional(concrete(*t)) : std::nullopt; }
+  template <typename T>
+  static T concrete(const T& other) {
+    return other;
+  }
+  static Result call(Args... args) { return op(concrete(args)...); }
+};
+
+template <template <auto> typename On, typename Library>
+void implement(Library& m) {
+  m.impl("critic", On<&critic>::call);
+  m.impl("critic_forward", On<&critic_forward>::call);
+  m.impl("critic_backward", On<&critic_backward>::call);
+  m.impl("critic_loss", On<&critic_loss>::call);
+  m.impl("critic_loss_forward", On<&critic_loss_forward>::call);
+}
+
+template <auto op>
+struct OnDevice {
+  static constexpr auto call = op;
+};
+
+TORCH_LIBRARY_IMPL(wgan_ext, CPU, m) { implement<OnDevice>(m); }
+TORCH_LIBRARY_IMPL(wgan_ext, CUDA, m) { implement<OnDevice>(m); }
+TORCH_LIBRARY_IMPL(wgan_ext, Meta, m) { implement<OnMeta>(m); }
 TORCH_LIBRARY_IMPL(wgan_ext, Autograd, m) {
   m.impl("critic", &critic_autograd);
   m.impl("critic_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("critic_backward", &critic_backward_autograd);
+  m.impl("critic_loss", &critic_loss_autograd);
+  m.impl("critic_loss_forward", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace
