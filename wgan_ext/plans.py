@@ -43,7 +43,7 @@ __all__ = ["Plan", "compute_dtype", "plan_for", "read_parameters"]
 
 _ATOMS = frozenset(
     [
-        *(int, float, bool, str, type(None), complex, bytes, types.FunctionType, types.MethodType),
+        *(int, float, bool, str, type(None), complex, bytes),
         *(torch.dtype, torch.device, torch.Size),
     ]
 )
@@ -302,7 +302,7 @@ def _is_atom(value: Any) -> bool:
     """Whether a variable's value is compared with == and cannot change otherwise."""
     if isinstance(value, tuple):
         return all(map(_is_atom, value))
-    return value.__class__ in _ATOMS or isinstance(value, enum.Enum)
+    return value.__class__ in _ATOMS or isinstance(value, (enum.Enum, types.FunctionType, types.MethodType))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
