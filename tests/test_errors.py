@@ -110,7 +110,7 @@ ROWS: dict[str, list[Row]] = {
         (
             lambda f: f(SCORELESS, X),
             ValueError,
-            r"the critic must return at least one score a sample, got shape \[4, 0\]",
+            r"the critic must return at least one score a sample, got shape \(4, 0\)",
         ),
         (lambda f: f(CRITIC, X.int()), TypeError, "x must be a floating-point tensor, got torch.int32"),
         (lambda f: f(CRITIC, X.cfloat()), TypeError, "x must be a floating-point tensor, got torch.complex64"),

@@ -371,7 +371,12 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
             if isinstance(value, (bool, int, float, str)) and name not in _IGNORED
         ]
         plan = Plan(made, modules, variables, attributes, _plain_parameters(made, critic, modules))
-        made.obstacle = made.obstacle or blame or _disagreement(plan, critic, *some)
+        made.obstacle = made.obstacle or blame
+        if not made.obstacle:
+            try:
+                made.obstacle = _disagreement(plan, critic, *some)
+            except Exception as error:  # autograd will raise on the true batch, or can do what the engine cannot
+                made.obstacle = f"the plan traced from it cannot be compared with autograd: {error}"
     return plan
 
 
