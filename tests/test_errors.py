@@ -118,7 +118,7 @@ ROWS: dict[str, list[Row]] = {
         (lambda f: f(CRITIC, X[:0]), ValueError, r"x must hold at least one sample .*, got shape \(0, 3\)"),
         (lambda f: f(CRITIC, X.double()), TypeError, r"x must have the dtype of the critic \(torch.float32\), got"),
         (lambda f: f(CRITIC, META), ValueError, r"x must be on the device of the critic \(cpu\), got meta"),
-        (lambda f: f(CRITIC, X[:, :2]), ValueError, "XX"),
+        (lambda f: f(CRITIC, X[:, :2]), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
         (lambda f: f(nn.Flatten(0), X), ValueError, r"for each of the 4 samples, got shape \(12,\)"),
         (lambda f: f(CRITIC, X, engine="fast"), ValueError, "engine must be \"auto\", .* got 'fast'"),
         (

@@ -395,8 +395,9 @@ def _like(leaf: Any, batch: Any) -> Any:
     """What a tensor is but for its values and the number of samples; torch.compile cannot hand over tensors."""
     if not isinstance(leaf, Tensor):
         return leaf
-    batched = leaf.dim() > 0 and leaf.shape[0] == batch
-    return "tensor", batched, tuple(leaf.shape[1:] if batched else leaf.shape), leaf.dtype, leaf.device
+    if leaf.dim() > 0 and leaf.shape[0] == batch:
+        return "tensor", True, tuple(int(n) for n in leaf.shape[1:]), leaf.dtype, leaf.device
+    return "tensor", False, tuple(int(n) for n in leaf.shape), leaf.dtype, leaf.device
 
 
 def _unlike(structure: Any) -> Any:
