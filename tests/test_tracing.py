@@ -221,6 +221,16 @@ OBSTACLES: dict[str, tuple[Callable[[], Any], tuple[int, ...], str]] = {
         (4, 3),
         "random|number of samples",
     ),
+    "Python's rare coin": (
+        lambda: of_body(lambda self, x: self.head(self.body(x)) * (2 if random.random() < 1e-9 else 1)),
+        (4, 3),
+        "draws random numbers",
+    ),
+    "numpy's rare coin": (
+        lambda: of_body(lambda self, x: self.head(self.body(x)) * (2 if np.random.rand() < 1e-9 else 1)),
+        (4, 3),
+        "draws random numbers",
+    ),
     "Python's coin": (
         lambda: of_body(lambda self, x: self.head(self.body(x)) * (2 if random.random() < 0.5 else 1)),
         (4, 3),
