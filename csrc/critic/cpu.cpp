@@ -1,4 +1,5 @@
-// Activations and masks on the CPU: one pass over memory each, 8 or 16 elements and their signs at a time.
+// Activations, masks, norms and penalties on the CPU: one pass over memory each, 8 or 16 elements and their signs at a
+// time.
 #include "../parallel.h"
 #include "kernels.h"
 // last: see simd.h
@@ -25,17 +26,17 @@ struct Bits<double> {
   typedef int64_t Lane;
 };
 
-// Bit i of the result says that lane i is positive.
+// Bit i of the result says that lane i is positive, or NaN.
 template <typename T>
 WGAN_EXT_INLINE uint32_t positive(Vec<T> a) {
   constexpr bool single = sizeof(T) == 4;
 #if defined(WGAN_EXT_LEVEL_AVX512)
   if constexpr (single)
-    return _mm512_cmp_ps_mask(__m512(a.value), _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_cmp_ps_mask(__m512(a.value), _mm512_setzero_ps(), _CMP_NLE_UQ);
   else
-    return _mm512_cmp_pd_mask(__m512d(a.value), _mm512_setzero_pd(), _CMP_GT_OQ);
+    return _mm512_cmp_pd_mask(__m512d(a.value), _mm512_setzero_pd(), _CMP_NLE_UQ);
 #else
-  const auto set = a.value > Lanes<T>{};
+  const auto set = ~(a.value <= Lanes<T>{});
 #if defined(WGAN_EXT_LEVEL_AVX2)
   if constexpr (single)
     return _mm256_movemask_ps(__m256(set));
@@ -106,8 +107,9 @@ void activate_row(const T* z, const T* bias, T slope, T* h, uint8_t* signs, int6
     uint8_t byte = 0;
     for (int64_t j = 0; j < least<int64_t>(8, n - i); ++j) {
       const T a = bias ? z[i + j] + bias[i + j] : z[i + j];
-      if (h) h[i + j] = pass<T, relu>(a > 0, a, slope);
-      byte |= uint8_t(a > 0) << j;
+      const bool set = !(a <= 0);
+      if (h) h[i + j] = pass<T, relu>(set, a, slope);
+      byte |= uint8_t(set) << j;
     }
     signs[i / 8] = byte;
   }
@@ -177,17 +179,61 @@ void mask(const T* in, int64_t in_rows, const uint8_t* signs, double slope, T* o
     mask_all<T, false>(in, in_rows, signs, T(slope), out, rows, columns);
 }
 
+// The sum of (x / scale)^2, in double.
+template <typename T>
+double sum_of_squares(const T* x, int64_t n, double scale) {
+  typedef T Part __attribute__((vector_size(Vec<double>::size * sizeof(T))));
+  const Vec<double> scales = Vec<double>::fill(scale);
+  Vec<double> total = Vec<double>::zero();
+  int64_t i = 0;
+  for (; i + Vec<double>::size <= n; i += Vec<double>::size) {
+    Part part;
+    std::memcpy(&part, x + i, sizeof part);
+    Vec<double> a = {__builtin_convertvector(part, typename Vec<double>::Register)};
+    if (sizeof(T) == 8) a = a / scales;
+    total = fma(a, a, total);
+  }
+  double result = sum(total);
+  for (; i < n; ++i) result += (double(x[i]) / scale) * (double(x[i]) / scale);
+  return result;
+}
+
+template <typename T>
+void norms(const T* in, T* norms, int64_t rows, int64_t columns, Stream) {
+  const int64_t share = greatest<int64_t>(kTile / greatest<int64_t>(columns, 1), 1);
+  parallel_for(ceil_div(rows, share), [=](int64_t task) {
+    for (int64_t row = task * share; row < least((task + 1) * share, rows); ++row) {
+      const T* x = in + row * columns;
+      double largest = 0;
+      for (int64_t i = 0; sizeof(T) == 8 && i < columns; ++i) largest = greatest<double>(largest, __builtin_fabs(x[i]));
+      const double scale = norm_scale<T>(largest);
+      norms[row] = T(scale * __builtin_sqrt(sum_of_squares(x, columns, scale)));
+    }
+  });
+}
+
+template <typename T>
+void penalty(const T* norms, int64_t count, Penalty penalty, double weight, T* value, T* loss, T* slopes, Stream) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    total += penalty.value(norms[i]);
+    if (slopes) slopes[i] = T(weight / double(count) * penalty.slope<T>(norms[i]));
+  }
+  *value = T(total / double(count));
+  *loss = T(weight * (total / double(count)));
+}
+
 }  // namespace
 
 template <>
 const Kernels<float>& table<float>() {
-  static constexpr Kernels<float> kernels{activate<float>, mask<float>};
+  static constexpr Kernels<float> kernels{activate<float>, mask<float>, norms<float>, penalty<float>};
   return kernels;
 }
 
 template <>
 const Kernels<double>& table<double>() {
-  static constexpr Kernels<double> kernels{activate<double>, mask<double>};
+  static constexpr Kernels<double> kernels{activate<double>, mask<double>, norms<double>, penalty<double>};
   return kernels;
 }
 

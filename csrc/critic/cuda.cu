@@ -1,10 +1,11 @@
-// Activations and masks on the GPU.
+// Activations, masks, norms and penalties on the GPU.
 //
-// A thread takes 8 columns of a row and the byte of their signs: 16-byte loads and stores where rows are aligned, and a
-// warp's bytes lie side by side. Each kernel reads and writes what it must once, so memory bandwidth bounds it. Blocks
-// are `width` threads across and kThreads / width rows deep, so that narrow rows fill them too.
+// Of the first two a thread takes 8 columns of a row and the byte of their signs: 16-byte loads and stores where rows
+// are aligned, and a warp's bytes lie side by side. Each kernel reads and writes what it must once, so memory bandwidth
+// bounds it. Blocks are `width` threads across and kThreads / width rows deep, so that narrow rows fill them too.
 #include "../cuda/half.cuh"
 #include "../cuda/launch.cuh"
+#include "../cuda/reduce.cuh"
 #include "kernels.h"
 
 namespace wgan_ext::critic {
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     unsigned bits = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const bool positive = values[i] > 0;
+      const bool positive = !(values[i] <= 0);
       bits |= unsigned{positive} << i;
       values[i] = pass(positive, values[i], slope);
     }
@@ -106,6 +107,47 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int i = 0; i < 8; ++i) values[i] = pass((bits >> i & 1) != 0, values[i], slope);
     store<aligned>(out + row * columns + column, n, values);
   });
+}
+
+// A block takes a row at a time.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) norms_kernel(const T* in, T* norms, int64_t rows, int64_t columns) {
+  __shared__ double scratch[device::kWarp];
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const T* x = in + row * columns;
+    double largest = 0, sum = 0;
+    if (sizeof(T) == 8) {
+      for (int64_t i = threadIdx.x; i < columns; i += kThreads) largest = fmax(largest, fabs(double(widen(x[i]))));
+      largest = device::block_reduce<device::Max>(largest, scratch, 0.0);
+      __syncthreads();
+    }
+    const double scale = norm_scale<T>(largest);
+    for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
+      const double scaled = double(widen(x[i])) / scale;
+      sum += scaled * scaled;
+    }
+    sum = device::block_reduce<device::Sum>(sum, scratch, 0.0);
+    if (threadIdx.x == 0) narrow(norms[row], ComputeT<T>(scale * sqrt(sum)));
+    __syncthreads();
+  }
+}
+
+// One block takes all.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    penalty_kernel(const T* norms, int64_t count, Penalty penalty, double weight, T* value, T* loss, T* slopes) {
+  __shared__ double scratch[device::kWarp];
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    const auto norm = double(widen(norms[i]));
+    total += penalty.value(norm);
+    if (slopes) narrow(slopes[i], ComputeT<T>(weight / double(count) * penalty.slope<ComputeT<T>>(norm)));
+  }
+  total = device::block_reduce<device::Sum>(total, scratch, 0.0);
+  if (threadIdx.x == 0) {
+    narrow(*value, ComputeT<T>(total / double(count)));
+    narrow(*loss, ComputeT<T>(weight * (total / double(count))));
+  }
 }
 
 struct Shape {
@@ -151,7 +193,19 @@ void mask(const T* in, int64_t in_rows, const uint8_t* signs, double slope, T* o
 }
 
 template <typename T>
-constexpr Kernels<T> kTable{activate<T>, mask<T>};
+void norms(const T* in, T* norms, int64_t rows, int64_t columns, Stream stream) {
+  const auto blocks = static_cast<unsigned>(rows < kBlocks ? rows : kBlocks);
+  WGAN_EXT_LAUNCH((norms_kernel<T>), blocks, kThreads, 0, stream, in, norms, rows, columns);
+}
+
+template <typename T>
+void penalty(const T* norms, int64_t count, Penalty penalty, double weight, T* value, T* loss, T* slopes,
+             Stream stream) {
+  WGAN_EXT_LAUNCH((penalty_kernel<T>), 1, kThreads, 0, stream, norms, count, penalty, weight, value, loss, slopes);
+}
+
+template <typename T>
+constexpr Kernels<T> kTable{activate<T>, mask<T>, norms<T>, penalty<T>};
 
 }  // namespace
 

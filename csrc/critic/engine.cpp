@@ -46,7 +46,8 @@ Engine::Engine(TensorList x, TensorList parameters, IntArrayRef program, Scalars
                at::ScalarType compute_dtype, bool channels_last)
     : x_(x),
       given_(parameters),
-      program_(x, parameters, program, scalars),
+      shared_(Program::read(x, parameters, program, scalars)),
+      program_(*shared_),
       frame_(x[0], parameters, compute_dtype, channels_last),
       scored_{0, scored, points.total},
       points_(points) {
@@ -305,38 +306,10 @@ Engine::Backward Engine::backward(const Tensor& grad_scores, TensorList grad_gra
     if (scale.defined()) t = t.to(scale.scalar_type()).mul_(scale);
     return t.to(model.scalar_type()).contiguous(model.suggest_memory_format());
   };
-  for (const int64_t i : wanted) result.parameters.push_back(leave(gradients[i], given_[i]));
+  for (const int64_t i : wanted) result.parameters.push_back(leave(take(gradients[i]), given_[i]));
   if (of_x)
     for (const auto i : c10::irange(x_.size())) result.x.push_back(leave(p[i], x_[i]));
   return result;
-}
-
-bool Engine::moves(int64_t parameter) const {
-  for (const auto i : c10::irange(program_.layers.size())) {
-    const Layer& layer = *program_.layers[i];
-    const auto value = program_.inputs + static_cast<int64_t>(i);
-    if (layer.weight() == parameter && (scored_.count || program_.moving[layer.inputs[0]])) return true;
-    if (layer.bias() == parameter && scored_.count) return true;
-    if ((layer.weight() == parameter || layer.bias() == parameter) && program_.curved && program_.bent[value])
-      return true;
-  }
-  return false;
-}
-
-bool Engine::reaches(int64_t parameter) const {
-  for (const auto i : c10::irange(program_.layers.size())) {
-    const Layer& layer = *program_.layers[i];
-    if ((layer.weight() == parameter || layer.bias() == parameter) &&
-        program_.bent[program_.inputs + static_cast<int64_t>(i)])
-      return true;
-  }
-  return moves(parameter);
-}
-
-bool Engine::bends_input() const {
-  for (const auto i : c10::irange(program_.inputs))
-    if (program_.bent[i]) return true;
-  return false;
 }
 
 }  // namespace wgan_ext::critic

@@ -40,17 +40,11 @@ class Engine {
   Tensors packed() const;
   void unpack(TensorList kept);
   // The gradients of the wanted parameters, and where curved and `of_x` those of the inputs (else undefined). Either
-  // cotangent may be undefined, not both.
+  // cotangent may be undefined.
   struct Backward {
     Tensors parameters, x;
   };
   Backward backward(const Tensor& grad_scores, TensorList grad_gradients, IntArrayRef wanted, bool of_x);
-
-  // Whether a parameter's gradient is not identically zero, whether it exists at all, and the same of the input.
-  bool moves(int64_t parameter) const;
-  bool reaches(int64_t parameter) const;
-  bool bends_input() const;
-  bool curved() const { return program_.curved; }
 
  private:
   void analyse();
@@ -58,7 +52,8 @@ class Engine {
   Tensor operand(int64_t value, const Tensor& c, const Tensor& v) const;
 
   TensorList x_, given_;
-  Program program_;
+  std::shared_ptr<const Program> shared_;
+  const Program& program_;
   Frame frame_;
   Rows scored_, points_;
   Tape tape_;

@@ -1,13 +1,46 @@
-// What the critic engine computes between matrix products: activations, their packed signs, and the masks made of them.
+// What the critic engine computes between matrix products: activations, their packed signs, the masks made of them,
+// norms of gradients and the penalty on them.
 //
 // An activation is a matrix [rows, columns] in memory order. Its signs take one bit each, as bytes
-// [rows, ceil_div(columns, 8)]: bit j of byte k of a row says z > 0 in column 8 k + j. Bits beyond the last column are
-// 0.
+// [rows, ceil_div(columns, 8)]: bit j of byte k of a row says that z in column 8 k + j is not <= 0 (NaN passes). Bits
+// beyond the last column are 0.
 #pragma once
 #include "../formulas.h"
 #include "../simd.h"
 
 namespace wgan_ext::critic {
+
+// What to divide a row by before its squares are added up in double, by its largest magnitude.
+template <typename T>
+WGAN_EXT_FORMULA double norm_scale(double largest) {
+  return sizeof(T) == 8 && largest > 0 && largest < HUGE_VAL ? largest : 1;  // the square of a narrower T is a double
+}
+
+// A penalty on the norm of a sample's gradient: |norm - target|^power, or where one_sided that of the positive part.
+struct Penalty {
+  double target;
+  bool one_sided;
+  double power;
+
+  WGAN_EXT_FORMULA double value(double norm) const { return raise(excess(norm), power); }
+  // Its derivative with respect to the gradient is this times the gradient; 0 for a norm whose inverse T cannot hold.
+  template <typename T>
+  WGAN_EXT_FORMULA double slope(double norm) const {
+    if (norm < (sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126)) return 0;
+    const double distance = excess(norm);
+    if (distance == 0) return 0;
+    return (norm < target ? -power : power) * raise(distance, power - 1) / norm;
+  }
+
+ private:
+  WGAN_EXT_FORMULA double excess(double norm) const {
+    const double difference = norm - target;
+    return difference < 0 ? (one_sided ? 0 : -difference) : difference;
+  }
+  WGAN_EXT_FORMULA static double raise(double x, double power) {
+    return power == 2 ? x * x : power == 1 ? x : power == 0 ? 1 : ::pow(x, power);
+  }
+};
 
 template <typename T>
 struct Kernels {
@@ -19,6 +52,14 @@ struct Kernels {
   //   in [in_rows, columns]   out [rows, columns]
   void (*mask)(const T* in, int64_t in_rows, const uint8_t* signs, double slope, T* out, int64_t rows, int64_t columns,
                Stream stream);
+  // The 2-norm of each row. It overflows only where it cannot be represented.
+  //   in [rows, columns]   norms [rows]
+  void (*norms)(const T* in, T* norms, int64_t rows, int64_t columns, Stream stream);
+  // The mean of the penalty over samples, weight times that (the loss), and its derivative with respect to each
+  // sample's gradient, divided by the gradient.
+  //   norms [count]   value, loss []   slopes [count] or null
+  void (*penalty)(const T* norms, int64_t count, Penalty penalty, double weight, T* value, T* loss, T* slopes,
+                  Stream stream);
 
   static const Kernels& cpu(SimdLevel level);
   static const Kernels& cuda();

@@ -76,6 +76,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/irange.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <optional>
@@ -96,7 +97,7 @@ int64_t product(IntArrayRef shape) {
 Frame::Frame(const Tensor& x, TensorList given, at::ScalarType compute_dtype, bool channels_last)
     : options(x.options().dtype(compute_dtype)),
       images(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous) {
-  for (const Tensor& parameter : given) parameters.push_back(parameter.to(compute_dtype));
+  for (const Tensor& parameter : given) parameters.push_back(arrange(parameter.to(compute_dtype)));
 }
 
 Gradients::Gradients(size_t parameters, IntArrayRef wanted)
@@ -1116,10 +1117,58 @@ std::unique_ptr<Layer> make_layer(int64_t kind, Reader& r, size_t spatial_dims) 
 
 }  // namespace
 
-Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars)
-    : inputs(static_cast<int64_t>(x.size())) {
-  std::vector<Shape> sizes;
-  for (const Tensor& t : x) sizes.push_back(t.sizes().slice(1).vec());
+Tensor norms_of_samples(const Tensor& t) {
+  const int64_t batch = t.size(0);
+  const Tensor norms = at::empty({batch}, t.options());
+  with_kernels(t, [&](const auto& kernels, Stream stream) {
+    kernels.norms(input(t, kernels), output(norms, kernels), batch, product(t.sizes()) / batch, stream);
+  });
+  return norms;
+}
+
+Penalized penalize(const Tensor& norms, const Penalty& penalty, double weight, bool differentiate) {
+  Penalized result{at::empty({}, norms.options()), at::empty({}, norms.options()), {}};
+  if (differentiate) result.slopes = at::empty(norms.sizes(), norms.options());
+  with_kernels(norms, [&](const auto& kernels, Stream stream) {
+    kernels.penalty(input(norms, kernels), norms.size(0), penalty, weight, output(result.value, kernels),
+                    output(result.loss, kernels), output(result.slopes, kernels), stream);
+  });
+  return result;
+}
+
+std::shared_ptr<const Program> Program::read(TensorList x, TensorList parameters, IntArrayRef program,
+                                             Scalars scalars) {
+  struct Entry {
+    std::vector<Shape> sizes;
+    size_t parameters;
+    Shape program;
+    std::vector<double> scalars;
+    std::shared_ptr<const Program> value;
+  };
+  constexpr size_t kEntries = 8;
+  thread_local std::vector<Entry> entries;  // the last used first
+  const auto alike = [&](const Tensor& t, const Shape& sizes) { return t.sizes().slice(1) == sizes; };
+  auto found = std::find_if(entries.begin(), entries.end(), [&](const Entry& e) {
+    return e.parameters == parameters.size() && program == e.program && scalars == e.scalars &&
+           std::equal(x.begin(), x.end(), e.sizes.begin(), e.sizes.end(), alike);
+  });
+  if (found == entries.end()) {
+    std::vector<Shape> sizes;
+    for (const Tensor& t : x) sizes.push_back(t.sizes().slice(1).vec());
+    auto value = std::make_shared<const Program>(sizes, parameters.size(), program, scalars);
+    const Shape& out = value->layers.empty() ? sizes.back() : value->layers.back()->sizes;
+    TORCH_CHECK_VALUE(product(out) > 0, kOp, ": the critic must return at least one score a sample, got shape ",
+                      batched(x[0].size(0), out));
+    if (entries.size() == kEntries) entries.pop_back();
+    entries.push_back({std::move(sizes), parameters.size(), program.vec(), scalars.vec(), std::move(value)});
+    found = entries.end() - 1;
+  }
+  std::rotate(entries.begin(), found, found + 1);
+  return entries.front().value;
+}
+
+Program::Program(std::vector<Shape> sizes, size_t parameters, IntArrayRef program, Scalars scalars)
+    : inputs(static_cast<int64_t>(sizes.size())) {
   moving.assign(inputs, true);
   deep.assign(inputs, false);
   uses.assign(inputs, 0);
@@ -1145,7 +1194,7 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     TORCH_CHECK_VALUE(record.size() >= before + taken && (kind != cat || taken > 0), kOp,
                       ": program has a record that is too short: ", record);
     const IntArrayRef in = record.slice(before, taken);
-    Reader reader(kind == cat ? record.slice(0, 1) : record.slice(taken), scalars, parameters.size());
+    Reader reader(kind == cat ? record.slice(0, 1) : record.slice(taken), scalars, parameters);
     for (const int64_t value : in)
       TORCH_CHECK_VALUE(value >= 0 && value < values(), kOp, ": program takes value ", value, ", of ", values(),
                         " there are");
@@ -1179,10 +1228,6 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     curved = curved || (layer->curved() && moves);
     layers.push_back(std::move(layer));
   }
-  TORCH_CHECK_VALUE(values() > 0 && product(sizes.back()) > 0, kOp,
-                    ": the critic must return at least one score a sample, got shape ",
-                    sizes.empty() ? Shape() : batched(x.empty() ? 0 : x[0].size(0), sizes.back()));
-
   bent.assign(values(), false);
   for (auto i = static_cast<int64_t>(layers.size()) - 1; i >= 0; --i) {
     const Layer& layer = *layers[i];
@@ -1200,6 +1245,32 @@ Program::Program(TensorList x, TensorList parameters, IntArrayRef program, Scala
     before->adds_bias = false;
     activation->bias_in = before->b;
   }
+}
+
+bool Program::moves(int64_t parameter, bool scored) const {
+  for (const auto i : c10::irange(layers.size())) {
+    const Layer& layer = *layers[i];
+    const auto value = inputs + static_cast<int64_t>(i);
+    if (layer.weight() == parameter && (scored || moving[layer.inputs[0]])) return true;
+    if (layer.bias() == parameter && scored) return true;
+    if ((layer.weight() == parameter || layer.bias() == parameter) && curved && bent[value]) return true;
+  }
+  return false;
+}
+
+bool Program::reaches(int64_t parameter, bool scored) const {
+  for (const auto i : c10::irange(layers.size())) {
+    const Layer& layer = *layers[i];
+    if ((layer.weight() == parameter || layer.bias() == parameter) && bent[inputs + static_cast<int64_t>(i)])
+      return true;
+  }
+  return moves(parameter, scored);
+}
+
+bool Program::bends_input() const {
+  for (const auto i : c10::irange(inputs))
+    if (bent[i]) return true;
+  return false;
 }
 
 }  // namespace wgan_ext::critic

@@ -15,6 +15,8 @@
 #include <memory>
 #include <vector>
 
+#include "kernels.h"
+
 namespace wgan_ext::critic {
 
 constexpr char kOp[] = "critic", kLossOp[] = "critic_loss";
@@ -117,11 +119,28 @@ struct Program {
   std::vector<bool> deep;     // whether it depends on parameters
   std::vector<bool> bent;     // whether a layer that is not linear depends on it
 
-  Program(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars);
+  // Reads a program, or finds it among the last ones read: for a small critic reading takes as long as computing.
+  static std::shared_ptr<const Program> read(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars);
+
+  Program(std::vector<Shape> sizes, size_t parameters, IntArrayRef program, Scalars scalars);
   int64_t values() const { return inputs + static_cast<int64_t>(layers.size()); }
+
+  // Whether a parameter's gradient is not identically zero, whether it exists at all, and the same of the input.
+  bool moves(int64_t parameter, bool scored) const;
+  bool reaches(int64_t parameter, bool scored) const;
+  bool bends_input() const;
 };
 
 int64_t product(IntArrayRef shape);
+
+// The 2-norm of each sample, [batch]; t is dense.
+Tensor norms_of_samples(const Tensor& t);
+
+// A penalty on the norms of gradients: Kernels::penalty.
+struct Penalized {
+  Tensor value, loss, slopes;
+};
+Penalized penalize(const Tensor& norms, const Penalty& penalty, double weight, bool differentiate);
 
 // Whether nobody else holds the tensor's memory, so that it may be overwritten.
 inline bool ours(const Tensor& t) { return t.use_count() == 1 && t.storage().use_count() == 1; }

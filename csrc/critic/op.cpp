@@ -3,10 +3,10 @@
 #define AT_PER_OPERATOR_HEADERS  // before ATen/TensorOperators.h, which else includes every operator
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/dot.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/hypot.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -14,8 +14,6 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <limits>
-#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -115,9 +113,8 @@ Tensors critic_backward(OptionalTensor grad_scores, TensorList grad_gradients, T
 // What critic_loss makes of scores, of which the first `real` are those of real samples, and of gradients.
 struct Loss {
   int64_t real;
-  double weight, target;
-  bool one_sided;
-  double power;
+  double weight;
+  Penalty penalty;
 };
 
 void check_loss(const Options& o, const Loss& l) {
@@ -125,9 +122,9 @@ void check_loss(const Options& o, const Loss& l) {
                     o.scored - 1, ", of ", o.scored, " scored, got ", l.real);
   TORCH_CHECK_VALUE(o.count > 0, kLossOp, ": count must be at least 1, got ", o.count);
   TORCH_CHECK_VALUE(std::isfinite(l.weight), kLossOp, ": weight must be finite, got ", l.weight);
-  TORCH_CHECK_VALUE(std::isfinite(l.target), kLossOp, ": target must be finite, got ", l.target);
-  TORCH_CHECK_VALUE(l.power >= 1 && std::isfinite(l.power), kLossOp, ": power must be at least 1 and finite, got ",
-                    l.power);
+  TORCH_CHECK_VALUE(std::isfinite(l.penalty.target), kLossOp, ": target must be finite, got ", l.penalty.target);
+  TORCH_CHECK_VALUE(l.penalty.power >= 1 && std::isfinite(l.penalty.power), kLossOp,
+                    ": power must be at least 1 and finite, got ", l.penalty.power);
 }
 
 // t [samples] to multiply what has so many samples and dimensions.
@@ -137,21 +134,11 @@ Tensor per_sample(const Tensor& t, int64_t dims) {
   return t.view(shape);
 }
 
-// The 2-norm of each sample's gradient, over all inputs. It overflows only where it cannot be represented.
+// The 2-norm of each sample's gradient, over all inputs.
 Tensor norms_of(const Tensors& gradients) {
   Tensor norms;
   for (const Tensor& gradient : gradients) {
-    const Tensor g = gradient.dim() > 1 ? gradient : gradient.unsqueeze(1);
-    Shape dims(g.dim() - 1);
-    std::iota(dims.begin(), dims.end(), 1);
-    Tensor part;
-    if (g.scalar_type() == at::kDouble) {
-      using Limits = std::numeric_limits<double>;
-      const Tensor scale = at::linalg_vector_norm(g, INFINITY, dims, true).clamp_(Limits::min(), Limits::max());
-      part = at::linalg_vector_norm(g / scale, 2, dims).mul_(scale.view(-1));
-    } else {
-      part = at::linalg_vector_norm(g, 2, dims, false, at::kDouble).to(g.scalar_type());
-    }
+    const Tensor part = norms_of_samples(gradient);
     norms = norms.defined() ? at::hypot(norms, part) : part;
   }
   return norms;
@@ -168,30 +155,19 @@ Evaluated apply(const Loss& l, const Engine::Forward& critic, bool differentiate
   Evaluated e;
   e.scores = critic.scores;
   e.norms = norms_of(critic.gradients);
-  Tensor excess = e.norms - l.target;
-  if (l.one_sided) excess.clamp_min_(0);
-  const auto raised = [&](double power) {
-    return power == 2 ? excess.square() : power == 1 ? excess.abs() : excess.abs().pow_(power);
-  };
-  e.penalty = raised(l.power).mean();
-  e.loss = e.penalty * l.weight;
-  if (scored) e.loss.add_(e.scores.narrow(0, real, fake).mean()).sub_(e.scores.narrow(0, 0, real).mean());
-  if (!differentiate) return e;
-
+  const Penalized penalized = penalize(e.norms, l.penalty, l.weight, differentiate);
+  e.penalty = penalized.value;
+  e.loss = penalized.loss;
   e.of_scores = at::empty_like(e.scores);
   if (scored) {
     e.of_scores.narrow(0, 0, real).fill_(-1.0 / static_cast<double>(real));
     e.of_scores.narrow(0, real, fake).fill_(1.0 / static_cast<double>(fake));
+    e.loss.add_(at::dot(e.scores, e.of_scores));
   }
-  // A norm of 0, or so small that its inverse overflows, has the derivative 0.
-  const double least =
-      e.norms.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
-  const Tensor slope = l.power == 2 ? excess : l.power == 1 ? excess.sgn() : raised(l.power - 1).mul_(excess.sgn());
-  const Tensor factor = slope.div(e.norms)
-                            .masked_fill_(e.norms < least, 0)
-                            .mul_(l.weight * l.power / static_cast<double>(e.norms.size(0)));
+  if (!differentiate) return e;
+
   for (const Tensor& gradient : critic.gradients)
-    e.of_gradients.push_back(gradient * per_sample(factor, gradient.dim()));
+    e.of_gradients.push_back(gradient * per_sample(penalized.slopes, gradient.dim()));
   return e;
 }
 
@@ -201,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> critic_loss(TensorList x, TensorList 
                                                        bool channels_last, double weight, double target, bool one_sided,
                                                        double power) {
   const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
-  const Loss loss{real, weight, target, one_sided, power};
+  const Loss loss{real, weight, {target, one_sided, power}};
   check_loss(options, loss);
   const auto [critic, kept] = evaluate(x, parameters, options, false);
   const Plain plain;
@@ -214,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> critic_loss
     int64_t scored, int64_t first, int64_t count, at::ScalarType compute_dtype, bool channels_last, double weight,
     double target, bool one_sided, double power) {
   const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
-  const Loss loss{real, weight, target, one_sided, power};
+  const Loss loss{real, weight, {target, one_sided, power}};
   check_loss(options, loss);
   const auto [critic, kept] = evaluate(x, parameters, options, true);
   const Plain plain;
@@ -285,23 +261,22 @@ struct Saved {
     const TensorList all = TensorList(tensors).slice(extra), x = all.slice(0, inputs),
                      given = all.slice(inputs, parameters), kept = all.slice(inputs + parameters);
     const Options& o = options;
-    const Rows points{o.first, o.count, x[0].size(0)};
-    const Engine engine(x, given, program, scalars, o.scored, points, o.compute_dtype, o.channels_last);
+    const auto critic = Program::read(x, given, program, scalars);
 
     // As autograd does: what only moves a sign gets zeros, what does not reach the gradient gets none.
     Variables result(inputs + parameters);
     Shape wanted;
     for (const auto i : c10::irange(parameters)) {
       if (!ctx->needs_input_grad(inputs + i)) continue;
-      if (engine.moves(static_cast<int64_t>(i)))
+      if (critic->moves(static_cast<int64_t>(i), o.scored > 0))
         wanted.push_back(static_cast<int64_t>(i));
-      else if (engine.reaches(static_cast<int64_t>(i)))
+      else if (critic->reaches(static_cast<int64_t>(i), o.scored > 0))
         result[inputs + i] = at::zeros_like(given[i]);
     }
     bool of_x = false;
     for (const auto i : c10::irange(inputs)) of_x = of_x || ctx->needs_input_grad(i);
     TORCH_CHECK_NOT_IMPLEMENTED(!of_x || o.scored == 0, kOp, ": x cannot be differentiated where it is scored");
-    const bool curved = of_x && engine.curved();
+    const bool curved = of_x && critic->curved;
     Variables computed;
     if (grad_scores || !grad_gradients.empty()) {
       computed = op.call(grad_scores, grad_gradients, x, given, kept, program, scalars, o.scored, o.first, o.count,
@@ -316,7 +291,7 @@ struct Saved {
       if (!ctx->needs_input_grad(i)) continue;
       if (curved)
         result[i] = computed[wanted.size() + i];
-      else if (engine.bends_input())
+      else if (critic->bends_input())
         result[i] = at::zeros_like(x[i]);
     }
     return result;
@@ -358,7 +333,7 @@ struct CriticLoss : torch::autograd::Function<CriticLoss> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, penalty, scores, norms, of_scores, derivatives, kept] =
         op.call(x, parameters, o.program, o.scalars, o.mean_outputs, l.real, o.scored, o.first, o.count,
-                o.compute_dtype, o.channels_last, l.weight, l.target, l.one_sided, l.power);
+                o.compute_dtype, o.channels_last, l.weight, l.penalty.target, l.penalty.one_sided, l.penalty.power);
     derivatives.push_back(of_scores);
     Saved::save(ctx, derivatives, x, parameters, kept, o);
     ctx->mark_non_differentiable({penalty, scores, norms});
@@ -381,7 +356,6 @@ struct CriticLoss : torch::autograd::Function<CriticLoss> {
 struct Once : torch::autograd::Function<Once> {
   template <typename Call>
   static Variables forward(Context*, TensorList, TensorList, const Call& call) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
     return call();
   }
 
@@ -397,12 +371,15 @@ Tensors critic_backward_autograd(OptionalTensor grad_scores, TensorList grad_gra
                                  int64_t scored, int64_t first, int64_t count, at::ScalarType compute_dtype,
                                  bool channels_last, IntArrayRef wanted, bool of_x) {
   static const auto op = typed_handle<decltype(critic_backward)>("wgan_ext::critic_backward");
-  Tensors grads = grad_gradients.vec();
-  if (grad_scores) grads.push_back(*grad_scores);
-  return Once::apply(TensorList(grads), parameters, [&] {
+  const auto call = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
     return op.call(grad_scores, grad_gradients, x, parameters, kept, program, scalars, scored, first, count,
                    compute_dtype, channels_last, wanted, of_x);
-  });
+  };
+  if (!at::GradMode::is_enabled()) return call();
+  Tensors grads = grad_gradients.vec();
+  if (grad_scores) grads.push_back(*grad_scores);
+  return Once::apply(TensorList(grads), parameters, call);
 }
 
 std::tuple<Tensor, Tensors> critic_autograd(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars,
@@ -423,7 +400,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> critic_loss_autograd(TensorList x, Te
     TORCH_CHECK_NOT_IMPLEMENTED(!(t.requires_grad() && at::GradMode::is_enabled()), kLossOp,
                                 ": x cannot be differentiated: detach it, or use engine=\"autograd\"");
   const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
-  const Loss loss{real, weight, target, one_sided, power};
+  const Loss loss{real, weight, {target, one_sided, power}};
   const Tensors outputs = CriticLoss::apply(x, parameters, options, loss);
   return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }

@@ -98,6 +98,43 @@ void compare(int64_t rows, int64_t columns, double slope, int64_t offset) {
 }
 
 template <typename T>
+void compare_norms(int64_t rows, int64_t columns, double size) {
+  using C = Reference<T>;
+  std::vector<C> in = check::random<C>(rows * columns, 4);
+  for (C& value : in) value *= static_cast<C>(size);
+  const std::vector<T> narrow = narrowed<T>(in);
+  in = widened(narrow);
+  std::vector<C> want(rows, C(7));
+  portable::table<C>().norms(in.data(), want.data(), rows, columns, nullptr);
+  for (C& value : want) value /= static_cast<C>(size);
+  std::vector<T> norms(rows);
+  Kernels<T>::cuda().norms(narrow.data(), norms.data(), rows, columns, nullptr);
+  std::vector<C> got = widened(norms);
+  for (C& value : got) value /= static_cast<C>(size);
+  const std::string name = std::string(kName<T>) + " norms of " + std::to_string(columns);
+  check::close(name.c_str(), got, want, sizeof(T) == 2 ? 4e-3 : sizeof(T) == 4 ? 1e-6 : 1e-14);
+}
+
+template <typename T>
+void compare_penalty(int64_t count, Penalty penalty) {
+  using C = Reference<T>;
+  const std::vector<T> narrow = narrowed<T>(check::random<C>(count, 5, 0, 2));
+  const std::vector<C> norms = widened(narrow);
+  std::vector<C> want(count + 2), got(count + 2);
+  portable::table<C>().penalty(norms.data(), count, penalty, 10, &want[count], &want[count + 1], want.data(), nullptr);
+  for (const bool with_slopes : {false, true}) {
+    std::vector<T> results(count + 2);
+    Kernels<T>::cuda().penalty(narrow.data(), count, penalty, 10, &results[count], &results[count + 1],
+                               with_slopes ? results.data() : nullptr, nullptr);
+    got = widened(results);
+    if (!with_slopes)
+      for (int64_t i = 0; i < count; ++i) got[i] = want[i];
+    const std::string name = std::string(kName<T>) + " penalty of " + std::to_string(count);
+    check::close(name.c_str(), got, want, sizeof(T) == 2 ? 4e-3 : sizeof(T) == 4 ? 1e-6 : 1e-14);
+  }
+}
+
+template <typename T>
 void compare_all(bool small) {
   const std::vector<std::pair<int64_t, int64_t>> few = {{1, 1}, {3, 7}, {5, 16}, {2, 33}, {300, 8}};
   const std::vector<std::pair<int64_t, int64_t>> more = {{4, 512},  {1, 4099},  {2, 4096},
@@ -108,6 +145,12 @@ void compare_all(bool small) {
     if (small) continue;
     for (const auto& [rows, columns] : more) compare<T>(rows, columns, slope, 0);
   }
+  for (const bool one_sided : {false, true})
+    for (const double power : {1.0, 1.5, 2.0})
+      for (const int64_t count : {1, 300}) compare_penalty<T>(count, {1, one_sided, power});
+  const double huge = sizeof(T) == 8 ? 1e300 : sizeof(T) == 4 ? 1e30 : 1;
+  for (const double size : {1.0, huge, 1 / huge})
+    for (const auto& [rows, columns] : few) compare_norms<T>(rows, columns, size);
 }
 
 }  // namespace

@@ -1,0 +1,204 @@
+"""What a critic's forward depends on, except the values of tensors: where that is the same, so is the trace."""
+
+from __future__ import annotations
+
+import dis
+import enum
+import logging
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+__all__ = ["frozen", "outside_variables", "plain_attributes", "state_of", "value_of"]
+
+_ATOMS = frozenset(
+    [
+        *(int, float, bool, str, type(None), complex, bytes),
+        *(torch.dtype, torch.device, torch.Size),
+    ]
+)
+_IGNORED = frozenset(
+    [
+        *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"),
+        *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+        *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    ]
+)
+
+
+def plain_attributes(critic: nn.Module) -> list[tuple[str, str, Any]]:
+    """The numbers and strings among the attributes of a critic's modules: path, name, value."""
+    return [
+        (path, name, value)
+        for path, module in critic.named_modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, (bool, int, float, str)) and name not in _IGNORED
+    ]
+
+
+def state_of(critic: nn.Module) -> list[Any]:
+    """Modules, classes, modes, hooks, attributes and the shapes of parameters, to be compared or hashed."""
+    state: list[Any] = []
+    _add_state(critic, state)
+    return state
+
+
+def _add_state(module: nn.Module, state: list[Any]) -> None:
+    state += (id(module), module.__class__)
+    attributes = module.__dict__
+    for name, value in attributes.items():
+        if value.__class__ in _ATOMS:
+            state.append(value)
+        elif name not in _IGNORED and (value.__class__ is not OrderedDict or value):
+            state.append(frozen(value))
+    for tensors in (attributes["_parameters"], attributes["_buffers"]):
+        for tensor in tensors.values():
+            state.append(None if tensor is None else tensor.shape)
+    for child in attributes["_modules"].values():
+        if child is not None:
+            _add_state(child, state)
+
+
+def frozen(value: Any, depth: int = 0) -> Any:
+    """Something hashable that differs where the value does, as far as a forward can depend on it."""
+    if isinstance(value, types.FunctionType):
+        return weakref.ref(value)  # its closure may hold the critic
+    if isinstance(value, types.MethodType):
+        return weakref.ref(value.__func__), id(value.__self__)
+    if value.__class__ in _ATOMS:
+        return value
+    if isinstance(value, dict):
+        return tuple([(key, frozen(item, depth)) for key, item in value.items()]) if value else ()
+    if isinstance(value, (tuple, list)):
+        return tuple([frozen(item, depth) for item in value])
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    contents = getattr(value, "__dict__", None)  # of a configuration, say
+    if not contents or depth == 3 or isinstance(value, (nn.Module, type, types.ModuleType, logging.Logger)):
+        return id(value)
+    return id(value), frozen(contents, depth + 1)
+
+
+_MISSING = object()
+
+
+def value_of(place: Any, name: str) -> Any:
+    """The value of a variable in a namespace, a module, a class or a cell."""
+    if isinstance(place, dict):
+        return place.get(name, _MISSING)
+    return place.cell_contents if isinstance(place, types.CellType) else getattr(place, name, _MISSING)
+
+
+def outside_variables(critic: nn.Module) -> tuple[list[tuple[Any, str, Any]], str]:
+    """The variables outside of it that a critic's forwards read, or the name of one that cannot be compared."""
+    found: list[tuple[Any, str, Any]] = []
+    seen: set[Any] = set()
+    modules = set(critic.modules())
+
+    def visit(function: Any, owner: type) -> str:
+        code = getattr(function, "__code__", None)
+        if code is None or (code, owner) in seen:
+            return ""
+        seen.add((code, owner))
+        package = _package(function)
+        if package == "torch":
+            return ""
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+        for name, *attributes in _names_read(code):
+            place = cells.get(name, function.__globals__)
+            try:
+                value = value_of(place, name)
+            except ValueError:  # an empty cell
+                continue
+            while attributes and isinstance(value, (types.ModuleType, type)) and _root(value) not in _LIBRARIES:
+                place, name = value, attributes.pop(0)
+                value = value_of(place, name)
+            if blame := judge(place, name, value, owner, package):
+                return blame
+        for name in _attributes_read(code):  # methods, among others; super() may call any of them
+            for kind in owner.__mro__:
+                if kind is nn.Module:
+                    break
+                value = vars(kind).get(name, _MISSING)
+                value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                if isinstance(value, types.FunctionType):
+                    blame = visit(value, owner)
+                else:
+                    blame = judge(kind, name, value, owner, package)
+                if blame:
+                    return blame
+        return ""
+
+    def judge(place: Any, name: str, value: Any, owner: type, package: str) -> str:
+        if value is _MISSING:  # a builtin
+            return ""
+        if _is_atom(value):
+            if not isinstance(place, types.CellType) or not callable(value):  # the cell would keep the closure alive
+                found.append((place, name, frozen(value)))
+            same = isinstance(value, types.FunctionType) and _package(value) == package
+            return visit(value, owner) if same else ""
+        harmless = value in modules if isinstance(value, nn.Module) else callable(value)
+        return "" if harmless or isinstance(value, types.ModuleType) else name
+
+    lists = [m for m in modules if isinstance(m, ParametrizationList)]  # which the engine runs as they are
+    for module in modules.difference(*(m.modules() for m in lists)):
+        functions = [getattr(module.forward, "__func__", module.forward)]
+        functions += [value for value in module.__dict__.values() if isinstance(value, types.FunctionType)]
+        for function in functions:
+            if blame := visit(function, type(module)):
+                return found, f"a forward reads the variable {blame!r}, which may change unseen"
+    return found, ""
+
+
+_LIBRARIES = ("torch", "math", "numpy", "builtins")
+
+
+def _root(value: Any) -> str:
+    """The package of a module or class."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+    return str(name).partition(".")[0]
+
+
+def _is_atom(value: Any) -> bool:
+    """Whether a variable's value is compared with == and cannot change otherwise."""
+    if isinstance(value, tuple):
+        return all(map(_is_atom, value))
+    return value.__class__ in _ATOMS or isinstance(value, (enum.Enum, types.FunctionType, types.MethodType))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code and that of the functions and comprehensions within."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _names_read(code: types.CodeType) -> Iterator[list[str]]:
+    """The global and enclosing variables that are read, each with the attributes that are read of it."""
+    for part in _codes(code):
+        chain: list[str] = []
+        for i in dis.get_instructions(part):
+            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") or (i.opname == "LOAD_DEREF" and i.argval in code.co_freevars):
+                if chain:
+                    yield chain
+                chain = [i.argval]
+            elif chain and i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                chain.append(i.argval)
+            elif chain:
+                yield chain
+                chain = []
+
+
+def _attributes_read(code: types.CodeType) -> set[str]:
+    return {name for part in _codes(code) for name in part.co_names}
+
+
+def _package(function: types.FunctionType) -> str:
+    return str(function.__globals__.get("__name__", "")).partition(".")[0]
