@@ -1139,35 +1139,37 @@ Penalized penalize(const Tensor& norms, const Penalty& penalty, double weight, b
 std::shared_ptr<const Program> Program::read(TensorList x, TensorList parameters, IntArrayRef program,
                                              Scalars scalars) {
   struct Entry {
-    std::vector<Shape> sizes;
-    size_t parameters;
+    std::vector<Shape> sizes, parameters;
     Shape program;
     std::vector<double> scalars;
     std::shared_ptr<const Program> value;
   };
   constexpr size_t kEntries = 8;
   thread_local std::vector<Entry> entries;  // the last used first
-  const auto alike = [&](const Tensor& t, const Shape& sizes) { return t.sizes().slice(1) == sizes; };
+  const auto alike = [](const Tensor& t, const Shape& sizes) { return t.sizes() == sizes; };
+  const auto samples_alike = [](const Tensor& t, const Shape& sizes) { return t.sizes().slice(1) == sizes; };
   auto found = std::find_if(entries.begin(), entries.end(), [&](const Entry& e) {
-    return e.parameters == parameters.size() && program == e.program && scalars == e.scalars &&
-           std::equal(x.begin(), x.end(), e.sizes.begin(), e.sizes.end(), alike);
+    return program == e.program && scalars == e.scalars &&
+           std::equal(x.begin(), x.end(), e.sizes.begin(), e.sizes.end(), samples_alike) &&
+           std::equal(parameters.begin(), parameters.end(), e.parameters.begin(), e.parameters.end(), alike);
   });
   if (found == entries.end()) {
-    std::vector<Shape> sizes;
-    for (const Tensor& t : x) sizes.push_back(t.sizes().slice(1).vec());
-    auto value = std::make_shared<const Program>(sizes, parameters.size(), program, scalars);
-    const Shape& out = value->layers.empty() ? sizes.back() : value->layers.back()->sizes;
+    Entry entry{{}, {}, program.vec(), scalars.vec(), {}};
+    for (const Tensor& t : x) entry.sizes.push_back(t.sizes().slice(1).vec());
+    for (const Tensor& t : parameters) entry.parameters.push_back(t.sizes().vec());
+    entry.value = std::make_shared<const Program>(entry.sizes, entry.parameters, program, scalars);
+    const Shape& out = entry.value->layers.empty() ? entry.sizes.back() : entry.value->layers.back()->sizes;
     TORCH_CHECK_VALUE(product(out) > 0, kOp, ": the critic must return at least one score a sample, got shape ",
                       batched(x[0].size(0), out));
     if (entries.size() == kEntries) entries.pop_back();
-    entries.push_back({std::move(sizes), parameters.size(), program.vec(), scalars.vec(), std::move(value)});
+    entries.push_back(std::move(entry));
     found = entries.end() - 1;
   }
   std::rotate(entries.begin(), found, found + 1);
   return entries.front().value;
 }
 
-Program::Program(std::vector<Shape> sizes, size_t parameters, IntArrayRef program, Scalars scalars)
+Program::Program(std::vector<Shape> sizes, const std::vector<Shape>& parameters, IntArrayRef program, Scalars scalars)
     : inputs(static_cast<int64_t>(sizes.size())) {
   moving.assign(inputs, true);
   deep.assign(inputs, false);
@@ -1194,7 +1196,7 @@ Program::Program(std::vector<Shape> sizes, size_t parameters, IntArrayRef progra
     TORCH_CHECK_VALUE(record.size() >= before + taken && (kind != cat || taken > 0), kOp,
                       ": program has a record that is too short: ", record);
     const IntArrayRef in = record.slice(before, taken);
-    Reader reader(kind == cat ? record.slice(0, 1) : record.slice(taken), scalars, parameters);
+    Reader reader(kind == cat ? record.slice(0, 1) : record.slice(taken), scalars, parameters.size());
     for (const int64_t value : in)
       TORCH_CHECK_VALUE(value >= 0 && value < values(), kOp, ": program takes value ", value, ", of ", values(),
                         " there are");
@@ -1209,9 +1211,9 @@ Program::Program(std::vector<Shape> sizes, size_t parameters, IntArrayRef progra
     std::unique_ptr<Layer> layer = make_layer(kind, reader, spatial);
     TORCH_CHECK_VALUE(reader.left() == 0, kOp, ": program has a record that is too long: ", record);
     if (kind == multiply_parameter)
-      TORCH_CHECK_VALUE(parameters[layer->weight()].dim() <= static_cast<int64_t>(out.size()) + 1, kOp,
-                        ": program multiplies by a parameter of too many dimensions, ",
-                        parameters[layer->weight()].sizes(), ", to make ", out);
+      TORCH_CHECK_VALUE(parameters[layer->weight()].size() <= out.size() + 1, kOp,
+                        ": program multiplies by a parameter of too many dimensions, ", parameters[layer->weight()],
+                        ", to make ", out);
     layer->inputs = in.vec();
     layer->sizes = out;
     bool moves = false, parametric = layer->weight() >= 0 || layer->bias() >= 0;
@@ -1241,7 +1243,7 @@ Program::Program(std::vector<Shape> sizes, size_t parameters, IntArrayRef progra
     if (!activation || activation->inputs[0] < inputs || uses[activation->inputs[0]] != 1) continue;
     auto* before = dynamic_cast<Linear*>(layers[activation->inputs[0] - inputs].get());
     if (!before || before->b < 0 || before->sizes.empty() || before->sizes.size() == 3) continue;
-    if (parameters[before->b].sizes() != IntArrayRef(before->sizes.back())) continue;
+    if (parameters[before->b] != Shape{before->sizes.back()}) continue;
     before->adds_bias = false;
     activation->bias_in = before->b;
   }

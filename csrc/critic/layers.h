@@ -122,7 +122,7 @@ struct Program {
   // Reads a program, or finds it among the last ones read: for a small critic reading takes as long as computing.
   static std::shared_ptr<const Program> read(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars);
 
-  Program(std::vector<Shape> sizes, size_t parameters, IntArrayRef program, Scalars scalars);
+  Program(std::vector<Shape> sizes, const std::vector<Shape>& parameters, IntArrayRef program, Scalars scalars);
   int64_t values() const { return inputs + static_cast<int64_t>(layers.size()); }
 
   // Whether a parameter's gradient is not identically zero, whether it exists at all, and the same of the input.
