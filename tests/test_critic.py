@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -734,6 +734,113 @@ def test_any_widths(batch: int, widths: list[int], slopes: list[float], seed: in
     torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12)
     got, want = parameter_gradients(gradient, critic), parameter_gradients(expected, critic)
     assert_same(got, want, rtol=1e-11, atol=1e-11)
+
+
+ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
+    lambda: nn.ReLU(inplace=True),
+    lambda: nn.LeakyReLU(0.2),
+    nn.PReLU,
+    lambda: nn.Hardtanh(-0.5, 0.8),
+    nn.SiLU,
+    nn.GELU,
+    lambda: nn.Softplus(2.0),
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.ELU,
+    nn.Mish,
+)
+
+
+class Branch(nn.Module):
+    """x + body(x), or body(x) beside x."""
+
+    def __init__(self, body: nn.Module, beside: bool) -> None:
+        super().__init__()
+        self.body, self.beside = body, beside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.body(x), x], 1) if self.beside else x + self.body(x)
+
+
+@st.composite
+def random_critics(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    """A critic of the layers of torch.nn, and the shape of one sample for it."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    n = draw(st.integers(0, 3))  # the dimensions of the images
+    shape = (draw(st.integers(1, 5)), *[draw(st.integers(4, 6)) for _ in range(n)])
+
+    def activation() -> nn.Module:
+        return draw(st.sampled_from(ACTIVATIONS))()
+
+    def linear(channels: int, width: int) -> nn.Module:
+        if n == 0:
+            return nn.Linear(channels, width, bias=draw(st.booleans()))
+        kernel, mode = draw(st.integers(1, 3)), draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+        return CONV[n](channels, width, kernel, padding="same" if kernel == 3 else 0, padding_mode=mode)
+
+    def norm(channels: int) -> nn.Module:
+        affine = draw(st.booleans())
+        kinds = [lambda: (BATCH_NORM[n] if n else nn.BatchNorm1d)(channels, affine=affine)]
+        kinds += [lambda: nn.GroupNorm(1, channels, affine=affine)] if n or channels > 2 else []
+        kinds += [lambda: INSTANCE_NORM[n](channels, affine=affine)] if n else []
+        kinds += [lambda: nn.LayerNorm(channels, elementwise_affine=affine)] if not n and channels > 2 else []
+        return draw(st.sampled_from(kinds))()
+
+    layers: list[nn.Module] = []
+    probe = torch.zeros(2, *shape)
+    for _ in range(draw(st.integers(1, 4))):
+        channels, large = probe.shape[1], n > 0 and min(probe.shape[2:]) >= 3
+        block = draw(st.sampled_from(["linear", "norm", "residual", "beside", *["pool", "resize"] * large]))
+        width = draw(st.integers(1, 6))
+        if block == "linear":
+            new = nn.Sequential(linear(channels, width), activation())
+        elif block == "norm":
+            new = nn.Sequential(linear(channels, width), norm(width), activation())
+        elif block in ("residual", "beside"):
+            body = nn.Sequential(linear(channels, channels), activation())
+            if body(probe).shape != probe.shape:  # an unpadded convolution
+                body = activation()
+            new = Branch(nn.Sequential(nn.Identity(), Scale(), body), block == "beside")
+        elif block == "pool":
+            kinds = [MAX_POOL[n](2, 2), MAX_POOL[n](3, 1, 1), AVG_POOL[n](2, 1), ADAPTIVE_POOL[n](2)]
+            new = nn.Sequential(activation(), draw(st.sampled_from(kinds)))
+        else:
+            mode = draw(st.sampled_from(["nearest", {1: "linear", 2: "bilinear", 3: "trilinear"}[n]]))
+            new = nn.Upsample(scale_factor=draw(st.sampled_from([0.5, 1.5])), mode=mode)
+        if n and min(new.eval()(probe).shape[2:]) < 1:
+            continue
+        layers.append(new)
+        probe = new(probe)
+        if n and min(probe.shape[2:]) < 3:
+            break
+    layers += [nn.Flatten(), nn.Linear(probe[0].numel(), draw(st.integers(1, 2)))]
+    return randomized(nn.Sequential(*layers)).double().eval(), shape
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 - x * self.scale / 2
+
+
+@given(made=random_critics(), batch=st.integers(1, 5), seed=st.integers(0, 2**16))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_random_critics(made: tuple[nn.Module, tuple[int, ...]], batch: int, seed: int) -> None:
+    critic, shape = made
+    torch.manual_seed(seed)
+    x = torch.randn(batch, *shape, dtype=torch.float64)
+    gradient, expected = input_gradient(critic, x, engine="analytic"), reference.input_gradient(critic, x)
+    scale = max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12 * scale)
+    got, want = parameter_gradients(gradient, critic), parameter_gradients(expected, critic)
+    for g, e in zip(got, want, strict=True):
+        if g is None or e is None:  # what only chooses among the largest
+            assert all(t is None or not t.any() for t in (g, e))
+        else:
+            torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11 * max(1.0, float(e.abs().max())) * scale)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded", "strided"])

@@ -21,6 +21,7 @@ CRITIC = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
 SCORELESS = nn.Linear(3, 1, bias=False)
 SCORELESS.weight = nn.Parameter(torch.empty(0, 3))
 SMOOTH = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+UNKNOWN = nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 1))
 
 
 def linear(**options: Any) -> nn.Linear:
@@ -109,7 +110,7 @@ ROWS: dict[str, list[Row]] = {
         (
             lambda f: f(SCORELESS, X),
             ValueError,
-            r"the critic must return at least one score a sample, got shape \[4, 0\]",
+            r"the critic must return at least one score a sample, got shape \(4, 0\)",
         ),
         (lambda f: f(CRITIC, X.int()), TypeError, "x must be a floating-point tensor, got torch.int32"),
         (lambda f: f(CRITIC, X.cfloat()), TypeError, "x must be a floating-point tensor, got torch.complex64"),
@@ -117,10 +118,14 @@ ROWS: dict[str, list[Row]] = {
         (lambda f: f(CRITIC, X[:0]), ValueError, r"x must hold at least one sample .*, got shape \(0, 3\)"),
         (lambda f: f(CRITIC, X.double()), TypeError, r"x must have the dtype of the critic \(torch.float32\), got"),
         (lambda f: f(CRITIC, META), ValueError, r"x must be on the device of the critic \(cpu\), got meta"),
-        (lambda f: f(CRITIC, X[:, :2]), ValueError, r"layer 0 \(linear\) takes .* last dimension of 3, got shape"),
-        (lambda f: f(nn.Flatten(0), X), ValueError, r"layer 0 \(flatten\) must keep dimension 0"),
+        (lambda f: f(CRITIC, X[:, :2]), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
+        (lambda f: f(nn.Flatten(0), X), ValueError, r"for each of the 4 samples, got shape \(12,\)"),
         (lambda f: f(CRITIC, X, engine="fast"), ValueError, "engine must be \"auto\", .* got 'fast'"),
-        (lambda f: f(SMOOTH, X, engine="analytic"), NotImplementedError, r"cannot take this critic: layer '1', Tanh"),
+        (
+            lambda f: f(UNKNOWN, X, engine="analytic"),
+            NotImplementedError,
+            r"cannot take this critic: layer '1', Softmax\(dim=1\), is not a function that the analytic engine knows",
+        ),
         (lambda f: f(nn.DataParallel(CRITIC), X), NotImplementedError, "the critic is wrapped in DataParallel"),
         (lambda f: f(CRITIC, X, critic_args=X), TypeError, "critic_args must be a tuple or list, got Tensor"),
         (lambda f: f(CRITIC, X, critic_kwargs=[X]), TypeError, "critic_kwargs must be a mapping, got list"),
@@ -174,6 +179,67 @@ ROWS: dict[str, list[Row]] = {
         (lambda f: f(CRITIC, X, X, critic_args=X), TypeError, "critic_args must be a tuple or list, got Tensor"),
         (lambda f: f(CRITIC, X, X, critic_kwargs=5), TypeError, "critic_kwargs must be a mapping, got int"),
         (lambda f: f(CRITIC, META, META), ValueError, r"must be on the device of the critic \(cpu\), got meta"),
+        (
+            lambda f: f(CRITIC, X.double(), X.double()),
+            TypeError,
+            r"must have the dtype of the critic \(torch.float32\), got",
+        ),
+    ],
+    "wgan_gp_loss": [
+        *of_critics(lambda f, critic: f(critic, X, X)),
+        (lambda f: f(CRITIC, None, X), ValueError, "real is needed, got None"),
+        (lambda f: f(CRITIC, X, None), ValueError, "fake is needed, got None"),
+        (lambda f: f(CRITIC, 5, X), TypeError, "real must be a tensor, or a tuple.*, got int"),
+        (lambda f: f(CRITIC, X, [X, 5]), TypeError, "fake must be a tensor, got int"),
+        (lambda f: f(CRITIC, [], []), ValueError, "real must hold at least one tensor, got an empty list"),
+        (lambda f: f(CRITIC, X, X[:0]), ValueError, "fake must hold at least one sample"),
+        (lambda f: f(CRITIC, X.int(), X.int()), TypeError, "real must be a floating-point tensor, got torch.int32"),
+        (lambda f: f(CRITIC, X, X[:2]), ValueError, r"fake must have the shape of real \(4, 3\), got \(2, 3\)"),
+        (lambda f: f(CRITIC, X, X[:, :2], at="real"), ValueError, r"fake must have the shape of real .*got \(4, 2\)"),
+        (lambda f: f(CRITIC, X, X.double()), TypeError, "fake must have the dtype of real .*, got torch.float64"),
+        (lambda f: f(CRITIC, X, META), ValueError, r"fake must be on the device of real \(cpu\), got meta"),
+        (lambda f: f(CRITIC, META, META), ValueError, r"must be on the device of the critic \(cpu\), got meta"),
+        (
+            lambda f: f(CRITIC, X.double(), X.double()),
+            TypeError,
+            r"must have the dtype of the critic \(torch.float32\), got",
+        ),
+        (lambda f: f(CRITIC, X, (X,)), TypeError, r"fake must have the structure of real \(Tensor\), got tuple"),
+        (lambda f: f(CRITIC, {"a": X}, {"b": X}), ValueError, r"fake must have the keys of real"),
+        (lambda f: f(CRITIC, X, X.clone().requires_grad_()), ValueError, "fake must not require grad"),
+        (lambda f: f(CRITIC, X, X, -1.0), ValueError, "weight must be at least 0 and finite, got -1"),
+        (lambda f: f(CRITIC, X, X, math.nan), ValueError, "weight must be at least 0 and finite, got nan"),
+        (lambda f: f(CRITIC, X, X, "a"), TypeError, "weight must be a number, got str"),
+        (lambda f: f(CRITIC, X, X, at="here"), ValueError, "at must be one of interpolates.*, got 'here'"),
+        (lambda f: f(CRITIC, X, X, target=-1.0), ValueError, "target must be a finite norm, at least 0, got -1"),
+        (lambda f: f(CRITIC, X, X, power=0.5), ValueError, "power must be at least 1 and finite, got 0.5"),
+        (lambda f: f(CRITIC, X, X, p=0.5), ValueError, "p must be the order of a norm, from 1 to inf, got 0.5"),
+        (lambda f: f(CRITIC, X, X, reduction="avg"), ValueError, "reduction must be one of mean.*, got 'avg'"),
+        (lambda f: f(CRITIC, X, X, reduction="none"), ValueError, "a loss is one number, got 'none'"),
+        (lambda f: f(CRITIC, X, X, output_reduction="max"), ValueError, "output_reduction must be one of sum, mean"),
+        (lambda f: f(CRITIC, X, X, mask=X[0, :2]), ValueError, r"mask must be broadcastable .*\(4, 3\), got \(2,\)"),
+        (lambda f: f(CRITIC, X, X, mask=5), TypeError, "mask must be a tensor, or a tuple.*, got int"),
+        (lambda f: f(CRITIC, X, X, generator=5), TypeError, "generator must be a torch.Generator, got int"),
+        (lambda f: f(CRITIC, X, X, mix=WEIGHTS[:3]), ValueError, r"mix must have shape .* B = 4, got \(3,\)"),
+        (lambda f: f(CRITIC, X, X, engine="fast"), ValueError, "engine must be .* got 'fast'"),
+        (
+            lambda f: f(UNKNOWN, X, X, engine="analytic"),
+            NotImplementedError,
+            "cannot take this critic: layer '1', Softmax",
+        ),
+        (lambda f: f(nn.DataParallel(CRITIC), X, X), NotImplementedError, "the critic is wrapped in DataParallel"),
+        (lambda f: f(CRITIC, X, X, critic_args=X), TypeError, "critic_args must be a tuple or list, got Tensor"),
+        (lambda f: f(CRITIC, X, X, critic_kwargs=5), TypeError, "critic_kwargs must be a mapping, got int"),
+    ],
+    "CriticLoss": [
+        (lambda f: f(5), TypeError, "critic must be an nn.Module, got int"),
+        (lambda f: f(CRITIC, -1.0), ValueError, "weight must be at least 0 and finite, got -1"),
+        (lambda f: f(CRITIC, math.inf), ValueError, "weight must be at least 0 and finite, got inf"),
+        (lambda f: f(CRITIC, engine="fast"), ValueError, "engine must be .* got 'fast'"),
+        (lambda f: f(CRITIC, power=0), ValueError, "power must be at least 1 and finite, got 0"),
+        (lambda f: f(CRITIC, at="here"), ValueError, "at must be one of interpolates.*, got 'here'"),
+        (lambda f: f(CRITIC)(5, X), TypeError, "real must be a tensor, or a tuple.*, got int"),
+        (lambda f: f(CRITIC)(X, None), ValueError, "fake is needed, got None"),
     ],
     "GradientPenalty": [
         (lambda f: f(every=0), ValueError, "every must be at least 1, got 0"),
@@ -255,8 +321,9 @@ ROWS: dict[str, list[Row]] = {
 
 
 def takes_arguments(public: Any) -> bool:
-    """Whether a user calls it with arguments: results are dataclasses, which users only read."""
-    return not dataclasses.is_dataclass(public) and bool(inspect.signature(public).parameters)
+    """Whether a user calls it with arguments: results are dataclasses and named tuples, which users only read."""
+    result = dataclasses.is_dataclass(public) or hasattr(public, "_fields")
+    return not result and bool(inspect.signature(public).parameters)
 
 
 def test_every_public_function_has_rows() -> None:

@@ -334,7 +334,7 @@ def _couples_samples(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
-def check_scores(op: str, scores: object, batch: int) -> None:
+def check_scores(op: str, scores: object, batch: int, *, of_input: bool = True) -> None:
     """Raise unless the critic returned at least one score for each sample, computed from its input."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"{op}: the critic must return a tensor, got {type(scores).__name__}")
@@ -347,7 +347,7 @@ def check_scores(op: str, scores: object, batch: int) -> None:
         )
     if scores.numel() == 0:
         raise ValueError(f"{op}: the critic must return at least one score a sample, got shape {tuple(scores.shape)}")
-    if not scores.requires_grad:
+    if of_input and not scores.requires_grad:
         raise ValueError(f"{op}: the critic's scores do not depend on its input")
 
 

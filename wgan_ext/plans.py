@@ -182,7 +182,12 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
             made.obstacle = "its forward depends on the number of samples"
         modules = {name: weakref.ref(module) for name, module in critic.named_modules()}
         plan = Plan(made, modules, variables, plain_attributes(critic), _plain_parameters(made, critic, modules))
-        made.obstacle = made.obstacle or blame or _disagreement(plan, critic, *some)
+        made.obstacle = made.obstacle or blame
+        if not made.obstacle:
+            try:
+                made.obstacle = _disagreement(plan, critic, *some)
+            except Exception as error:  # autograd will raise on the true batch, or can do what the engine cannot
+                made.obstacle = f"the plan traced from it cannot be compared with autograd: {error}"
     return plan
 
 
@@ -202,8 +207,8 @@ def _like(leaf: Any, batch: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.dim() > 0 and leaf.shape[0] == batch:
-        return "tensor", True, tuple(leaf.shape[1:]), leaf.dtype, leaf.device
-    return "tensor", False, tuple(leaf.shape), leaf.dtype, leaf.device
+        return "tensor", True, tuple(int(n) for n in leaf.shape[1:]), leaf.dtype, leaf.device
+    return "tensor", False, tuple(int(n) for n in leaf.shape), leaf.dtype, leaf.device
 
 
 def _unlike(structure: Any) -> Any:

@@ -19,7 +19,7 @@ __all__ = ["frozen", "outside_variables", "plain_attributes", "state_of", "value
 
 _ATOMS = frozenset(
     [
-        *(int, float, bool, str, type(None), complex, bytes, types.FunctionType, types.MethodType),
+        *(int, float, bool, str, type(None), complex, bytes),
         *(torch.dtype, torch.device, torch.Size),
     ]
 )
@@ -169,7 +169,7 @@ def _is_atom(value: Any) -> bool:
     """Whether a variable's value is compared with == and cannot change otherwise."""
     if isinstance(value, tuple):
         return all(map(_is_atom, value))
-    return value.__class__ in _ATOMS or isinstance(value, enum.Enum)
+    return value.__class__ in _ATOMS or isinstance(value, (enum.Enum, types.FunctionType, types.MethodType))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -225,7 +225,7 @@ def _by_autograd(
     critic_kwargs: Mapping[str, Any],
 ) -> CriticLossParts:
     def scores_of(outputs: Any, batch: int) -> Tensor:
-        check_scores(kind.op, outputs, batch)
+        check_scores(kind.op, outputs, batch, of_input=False)  # which double_backward sees
         flat: Tensor = outputs.reshape(batch, -1).to(accumulation_dtype(outputs.dtype))
         return flat.mean(1) if kind.mean_outputs else flat.sum(1)
 
