@@ -737,7 +737,7 @@ def test_any_widths(batch: int, widths: list[int], slopes: list[float], seed: in
 
 
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
-    lambda: nn.ReLU(inplace=True),
+    lambda: nn.ReLU(),
     lambda: nn.LeakyReLU(0.2),
     nn.PReLU,
     lambda: nn.Hardtanh(-0.5, 0.8),

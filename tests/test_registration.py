@@ -80,7 +80,11 @@ def critic_loss(device: torch.device) -> list[tuple[Any, ...]]:
 
 
 def critic_loss_forward(device: torch.device) -> list[tuple[Any, ...]]:
-    return [(x, [t.detach() for t in parameters], *rest) for x, parameters, *rest in critic_loss(device)]
+    samples = []
+    for x, parameters, *rest in critic_loss(device):
+        wanted = [i for i in range(len(parameters)) if parameters[i].dim() > 1]
+        samples.append((x, [t.detach() for t in parameters], *rest, wanted))
+    return samples
 
 
 # name of the operator -> its sample inputs for a device. Every operator in the library must stand here.
