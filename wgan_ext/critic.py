@@ -29,6 +29,7 @@ __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
 Engine: TypeAlias = Literal["auto", "analytic", "autograd"]
 Inputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"
 Critic: TypeAlias = Callable[..., Tensor]
+_ENGINES = get_args(Engine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,7 @@ def evaluation(
         return None
     first = tensors_of(op, "x", x)[0]
     parameters = read_parameters(plan, critic, args, kwargs, first.shape[0], copies)  # type: ignore[arg-type]
-    dtype = compute_dtype(first)
+    dtype = plan.compute_dtype
     # oneDNN's convolutions are faster in channels_last (from 3 to 64 channels, several times); it has no float64.
     channels_last = trace.images and (
         (first.device.type == "cpu" and dtype == torch.float32) or _ops.suggested_format(first) == torch.channels_last
@@ -221,7 +222,7 @@ def evaluation(
 
 def check_engine(op: str, engine: str) -> None:
     """Raise ValueError unless there is such an engine."""
-    if engine not in get_args(Engine):
+    if engine not in _ENGINES:
         raise ValueError(f'{op}: engine must be "auto", "analytic" or "autograd", got {engine!r}')
 
 

@@ -38,6 +38,11 @@ Points: TypeAlias = Literal["interpolates", "real", "fake", "noise"]
 Reduction: TypeAlias = Literal["mean", "sum", "max", "none"]
 OutputReduction: TypeAlias = Literal["sum", "mean"]
 
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "at": get_args(Points),
+    "reduction": get_args(Reduction),
+    "output_reduction": get_args(OutputReduction),
+}
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
 
 
@@ -55,11 +60,7 @@ class Penalty:
     output_reduction: OutputReduction
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("at", get_args(Points)),
-            ("reduction", get_args(Reduction)),
-            ("output_reduction", get_args(OutputReduction)),
-        ):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{self.op}: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         target = 0 if self.target is None else self.target
@@ -72,12 +73,21 @@ class Penalty:
         if not self.p >= 1:
             raise ValueError(f"{self.op}: p must be the order of a norm, from 1 to inf, got {self.p}")
 
+    def check(self, real: Inputs | None, fake: Inputs | None) -> None:
+        """Raise unless what is needed of real and fake is there, and alike."""
+        if self.at != "fake":
+            _check_batches(self.op, "real", real)
+        if self.at == "fake" or self.at == "interpolates":
+            _check_batches(self.op, "fake", fake)
+        if self.at == "interpolates":
+            _check_alike(self.op, real, fake)
+
     def check_loss(self, real: Inputs, fake: Inputs) -> None:
         """Raise unless real and fake, and the reduction, suit a critic's loss."""
         if self.reduction == "none":
             raise ValueError(f"{self.op}: reduction must be one of mean, sum, max: a loss is one number, got 'none'")
-        _first_batch(self.op, "real", real)
-        _first_batch(self.op, "fake", fake)
+        _check_batches(self.op, "real", real)
+        _check_batches(self.op, "fake", fake)
         _check_alike(self.op, real, fake, same_batch=self.at == "interpolates")
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(self.op, "fake", fake)):
             raise ValueError(
@@ -100,32 +110,27 @@ class Penalty:
     def points(
         self, real: Inputs | None, fake: Inputs | None, mix: Tensor | None, generator: torch.Generator | None
     ) -> Any:
-        """Where the gradient is taken, detached."""
+        """Where the gradient is taken, detached; real and fake must have been checked."""
         if generator is not None:
             check_type(self.op, "generator", generator, torch.Generator, "a torch.Generator")
         if self.at == "real" or self.at == "fake":
-            x = real if self.at == "real" else fake
-            _first_batch(self.op, self.at, x)
-            return map_tensors(Tensor.detach, x)
-        first = _first_batch(self.op, "real", real)
-        if self.at == "interpolates":
-            _first_batch(self.op, "fake", fake)
-            _check_alike(self.op, real, fake)
-        factors = _factors(self.op, first, mix, generator)
+            return map_tensors(Tensor.detach, real if self.at == "real" else fake)
+        factors = _factors(self.op, tensors_of(self.op, "real", real)[0], mix, generator)  # type: ignore[arg-type]
 
         def interpolate(real: Tensor, fake: Tensor) -> Tensor:
             dtype = accumulation_dtype(real.dtype)
-            weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
-            return torch.lerp(fake.detach().to(dtype), real.detach().to(dtype), weight).to(real.dtype)
+            weight = _cast(factors, dtype).view(-1, *[1] * (real.dim() - 1))
+            points = torch.lerp(_cast(fake.detach(), dtype), _cast(real.detach(), dtype), weight)
+            return _cast(points, real.dtype)
 
         def perturb(real: Tensor) -> Tensor:
             if real.numel() == 1:
                 raise ValueError(f'{self.op}: at="noise" needs the standard deviation of real, which has one element')
             dtype = accumulation_dtype(real.dtype)
-            clean = real.detach().to(dtype)
-            weight = factors.to(dtype).view(-1, *[1] * (real.dim() - 1))
+            clean = _cast(real.detach(), dtype)
+            weight = _cast(factors, dtype).view(-1, *[1] * (real.dim() - 1))
             noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=dtype)
-            return (clean + weight * (0.5 * clean.std()) * noise).to(real.dtype)
+            return _cast(clean + weight * (0.5 * clean.std()) * noise, real.dtype)
 
         return map_tensors(interpolate, real, fake) if self.at == "interpolates" else map_tensors(perturb, real)
 
@@ -172,6 +177,23 @@ class Penalty:
         if scored:
             loss = scores[real:].mean() - scores[:real].mean() + loss
         return loss, penalty, scores, norms
+
+
+_made: dict[tuple[Any, ...], Penalty] = {}
+
+
+def penalty_of(*options: Any) -> Penalty:
+    """``Penalty(*options)``, which takes a while to check its options, or the one made of them before."""
+    if torch.compiler.is_compiling():
+        return Penalty(*options)
+    try:
+        return _made[options]
+    except (KeyError, TypeError):  # the latter if an option is of a type that it must not be
+        made = Penalty(*options)
+    if len(_made) >= 64:
+        _made.clear()
+    _made[options] = made
+    return made
 
 
 @overload
@@ -276,7 +298,8 @@ def gradient_penalty(
         NotImplementedError: see ``input_gradient``; a generator, or the autograd engine, under torch.compile.
         RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
-    kind = Penalty("gradient_penalty", at, target, one_sided, power, p, reduction, output_reduction)
+    kind = penalty_of("gradient_penalty", at, target, one_sided, power, p, reduction, output_reduction)
+    kind.check(real, fake)
     points = kind.points(real, fake, mix, generator)
     analytic = evaluation(kind.op, critic, points, critic_args, critic_kwargs, engine, mean_outputs=kind.mean_outputs)
     if analytic is None:
@@ -346,9 +369,9 @@ class GradientPenalty(nn.Module):
         due = self.calls % self.every == 0
         self.calls += 1
         if not due:
-            return self._nothing(
-                _first_batch("gradient_penalty", *(("fake", fake) if self.options["at"] == "fake" else ("real", real)))
-            )
+            name, x = ("fake", fake) if self.options["at"] == "fake" else ("real", real)
+            _check_batches("gradient_penalty", name, x)
+            return self._nothing(tensors_of("gradient_penalty", name, x)[0])  # type: ignore[arg-type]
         result: Tensor | tuple[Tensor, Tensor] = gradient_penalty(
             critic,
             real,
@@ -408,8 +431,14 @@ def _masked(op: str, gradients: list[Tensor], points: Inputs, mask: Inputs) -> l
     return [g * m.detach().to(accumulation_dtype(g.dtype)) for g, (_, m) in zip(gradients, pairs, strict=True)]
 
 
-def _first_batch(op: str, name: str, x: Inputs | None) -> Tensor:
-    """Check that x is a batch, or several of one size, and return the first."""
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # which takes a microsecond to find nothing to do
+
+
+def _check_batches(op: str, name: str, x: Inputs | None) -> None:
+    """Raise unless x is a batch, or several of one size."""
+    if isinstance(x, Tensor):
+        return check_batch(op, name, x)
     if x is None:
         raise ValueError(f"{op}: {name} is needed, got None")
     tensors = tensors_of(op, name, x)
@@ -421,7 +450,7 @@ def _first_batch(op: str, name: str, x: Inputs | None) -> Tensor:
             raise ValueError(
                 f"{op}: the tensors of {name} must have one batch size, got {tensors[0].shape[0]} and {t.shape[0]}"
             )
-    return tensors[0]
+    return None
 
 
 def _check_alike(op: str, real: Any, fake: Any, *, same_batch: bool = True) -> None:
@@ -436,8 +465,10 @@ def _check_alike(op: str, real: Any, fake: Any, *, same_batch: bool = True) -> N
 
 def _pairs(op: str, real: Inputs, name: str, other: Inputs) -> list[tuple[Tensor, Tensor]]:
     """The tensors of real, each beside that of other; raises unless they are structured alike."""
+    if isinstance(real, Tensor) and isinstance(other, Tensor):
+        return [(real, other)]
     reals, others = tensors_of(op, "real", real), tensors_of(op, name, other)
-    if type(real) is not type(other) and not (isinstance(real, Tensor) and isinstance(other, Tensor)):
+    if type(real) is not type(other):
         raise TypeError(
             f"{op}: {name} must have the structure of real ({type(real).__name__}), got {type(other).__name__}"
         )

@@ -41,6 +41,7 @@ class Plan:
     """A trace of a critic, and the critic's modules."""
 
     trace: Trace
+    compute_dtype: torch.dtype
     modules: dict[str, weakref.ref[nn.Module]]
     """By path; the plan keeps no critic alive."""
     variables: list[tuple[Any, str, Any]]
@@ -124,7 +125,7 @@ def _guard(plan: Plan, critic: nn.Module) -> None:
 
 
 def _refusal(obstacle: str) -> Plan:
-    return Plan(Trace(obstacle), {}, [])
+    return Plan(Trace(obstacle), torch.float32, {}, [])
 
 
 def _signature(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,7 +182,8 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
         if not made.obstacle and not traces[0].same_as(traces[1]):
             made.obstacle = "its forward depends on the number of samples"
         modules = {name: weakref.ref(module) for name, module in critic.named_modules()}
-        plan = Plan(made, modules, variables, plain_attributes(critic), _plain_parameters(made, critic, modules))
+        plain = _plain_parameters(made, critic, modules)
+        plan = Plan(made, compute_dtype(first), modules, variables, plain_attributes(critic), plain)
         made.obstacle = made.obstacle or blame
         if not made.obstacle:
             try:

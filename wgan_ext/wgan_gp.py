@@ -23,7 +23,7 @@ from .critic import (
     map_tensors,
     tensors_of,
 )
-from .penalty import OutputReduction, Penalty, Points
+from .penalty import OutputReduction, Penalty, Points, penalty_of
 from .tracing import tensors_in
 
 __all__ = ["CriticLoss", "CriticLossParts", "wgan_gp_loss"]
@@ -146,7 +146,7 @@ def wgan_gp_loss(
         NotImplementedError: see ``gradient_penalty``.
         RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
-    kind = Penalty("wgan_gp_loss", at, target, one_sided, power, p, reduction, output_reduction)
+    kind = penalty_of("wgan_gp_loss", at, target, one_sided, power, p, reduction, output_reduction)
     check_weight(kind.op, weight)
     kind.check_loss(real, fake)
     points = kind.points(real, fake, mix, generator)
