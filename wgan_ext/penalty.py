@@ -415,6 +415,8 @@ def _norms(gradients: list[Tensor], p: float) -> Tensor:
     gradient = gradient.to(accumulation_dtype(gradient.dtype))
     if gradient.dim() == 1:
         return gradient.abs()
+    if gradient.is_contiguous():
+        gradient = gradient.flatten(1)  # one dimension is quicker than several
     norms: Tensor = torch.linalg.vector_norm(gradient, p, dim=tuple(range(1, gradient.dim())))
     return norms
 
