@@ -329,15 +329,17 @@ Engine::Backward Engine::chains(const Tensor& grad_scores, TensorList grad_gradi
     for (const auto j : c10::irange(pulled.size())) accumulate(p[layer.inputs[j]], std::move(pulled[j]));
   }
 
+  v.clear();
   const auto leave = [&](Tensor t, const Tensor& model) {
     const at::ScalarType dtype = last ? c10::promoteTypes(model.scalar_type(), at::kFloat) : model.scalar_type();
     if (!t.defined()) return at::zeros_like(model, model.options().dtype(dtype));
+    if (!ours(t)) t = t.clone();  // as of two constants that are added up
     if (scale.defined()) t = t.to(scale.scalar_type()).mul_(scale);
     return cast(t, dtype).contiguous(model.suggest_memory_format());
   };
   for (const int64_t i : wanted) result.parameters.push_back(leave(take(gradients[i]), given_[i]));
   if (of_x)
-    for (const auto i : c10::irange(x_.size())) result.x.push_back(leave(p[i], x_[i]));
+    for (const auto i : c10::irange(x_.size())) result.x.push_back(leave(take(p[i]), x_[i]));
   return result;
 }
 

@@ -8,9 +8,10 @@
 // forward pass.
 //
 // The gradient of any loss of the scores is the same chain u, each sample times the cotangent c of its score:
-// dW_l = u_l^T (c h_(l-1)). So real, fake and interpolates go through each product as one batch, with c h in the rows
-// of the first two and v in those of the last. Where c is known before the chain starts, u starts from it, and
-// nothing is multiplied.
+// dW_l = u_l^T (c h_(l-1)). So real, fake and interpolates go forth and back through the layers as one batch. Where c
+// is known before the chain starts, and the scored rows are no points, u starts from it: dW_l is u_l^T h_(l-1) over the
+// scored rows and u_l^T v_(l-1) over the points. Else it is one product with c h in the former rows and v in the
+// latter.
 //
 // Where layers are curved, u_l depends on h_l: a third chain p, from 0 at the outputs down, takes in the derivative of
 // <u_l, J_l v_(l-1)> with respect to h_(l-1) at each curved layer, and adds p_l^T h_(l-1) to dW_l and p_l to db_l.

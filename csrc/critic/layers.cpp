@@ -100,8 +100,7 @@ Frame::Frame(const Tensor& x, TensorList given, at::ScalarType compute_dtype, bo
   for (const Tensor& parameter : given) parameters.push_back(arrange(cast(parameter, compute_dtype)));
 }
 
-Gradients::Gradients(size_t parameters, IntArrayRef wanted)
-    : sums_(parameters), wanted_(parameters), any_(!wanted.empty()) {
+Gradients::Gradients(size_t parameters, IntArrayRef wanted) : sums_(parameters), wanted_(parameters) {
   for (const int64_t i : wanted) {
     TORCH_CHECK_VALUE(i >= 0 && i < static_cast<int64_t>(parameters), kOp, ": wanted must number parameters from 0 to ",
                       parameters, ", got ", i);
@@ -1122,6 +1121,7 @@ std::unique_ptr<Layer> make_layer(int64_t kind, Reader& r, size_t spatial_dims) 
 
 Tensor norms_of_samples(const Tensor& t) {
   const int64_t batch = t.size(0);
+  if (t.numel() == 0) return at::zeros({batch}, t.options());
   const Tensor norms = at::empty({batch}, t.options());
   with_kernels(t, [&](const auto& kernels, Stream stream) {
     kernels.norms(input(t, kernels), output(norms, kernels), batch, product(t.sizes()) / batch, stream);
@@ -1156,6 +1156,7 @@ std::shared_ptr<const Program> Program::read(TensorList x, TensorList parameters
            std::equal(x.begin(), x.end(), e.sizes.begin(), e.sizes.end(), samples_alike) &&
            std::equal(parameters.begin(), parameters.end(), e.parameters.begin(), e.parameters.end(), alike);
   });
+  TORCH_CHECK_VALUE(!x.empty(), kOp, ": x must hold at least one tensor");
   if (found == entries.end()) {
     Entry entry{{}, {}, program.vec(), scalars.vec(), {}};
     for (const Tensor& t : x) entry.sizes.push_back(t.sizes().slice(1).vec());
@@ -1176,7 +1177,7 @@ Program::Program(std::vector<Shape> sizes, const std::vector<Shape>& parameters,
     : inputs(static_cast<int64_t>(sizes.size())) {
   moving.assign(inputs, true);
   deep.assign(inputs, false);
-  uses.assign(inputs, 0);
+  std::vector<int64_t> uses(inputs);  // of each value, by layers
 
   size_t at = 0;
   const auto take = [&](int64_t n) {

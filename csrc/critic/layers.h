@@ -72,14 +72,12 @@ class Gradients {
  public:
   Gradients(size_t parameters, IntArrayRef wanted);
   bool wants(int64_t parameter) const { return parameter >= 0 && wanted_[parameter]; }
-  bool wants_any() const { return any_; }
   Tensor& operator[](int64_t parameter) { return sums_[parameter]; }
   void add(int64_t parameter, const Tensor& t);
 
  private:
   Tensors sums_;
   std::vector<bool> wanted_;
-  bool any_;
 };
 
 class Layer {
@@ -116,10 +114,9 @@ struct Program {
   std::vector<std::unique_ptr<Layer>> layers;  // layer i makes value inputs + i
   int64_t inputs = 0;
   bool curved = false;
-  std::vector<int64_t> uses;  // of each value, by layers
-  std::vector<bool> moving;   // whether the value depends on x
-  std::vector<bool> deep;     // whether it depends on parameters
-  std::vector<bool> bent;     // whether a layer that is not linear depends on it
+  std::vector<bool> moving;  // whether the value depends on x
+  std::vector<bool> deep;    // whether it depends on parameters
+  std::vector<bool> bent;    // whether a layer that is not linear depends on it
 
   // Reads a program, or finds it among the last ones read: for a small critic reading takes as long as computing.
   static std::shared_ptr<const Program> read(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars);

@@ -62,20 +62,17 @@ Rows check_inputs(TensorList x, TensorList parameters, const Options& o) {
   return {o.first, o.count, rows};
 }
 
-// Scores and gradients, and what the backward pass needs besides, if `keep`.
-std::tuple<Engine::Forward, Tensors> evaluate(TensorList x, TensorList parameters, const Options& o, bool keep) {
+Engine engine_for(TensorList x, TensorList parameters, const Options& o) {
   const Rows points = check_inputs(x, parameters, o);
-  const Plain plain;
-  Engine engine(x, parameters, o.program, o.scalars, o.scored, points, o.compute_dtype, o.channels_last);
-  Engine::Forward result = engine.forward(x, o.mean_outputs, keep);
-  return {std::move(result), keep ? engine.packed() : Tensors()};
+  return Engine(x, parameters, o.program, o.scalars, o.scored, points, o.compute_dtype, o.channels_last);
 }
 
 std::tuple<Tensor, Tensors> critic(TensorList x, TensorList parameters, IntArrayRef program, Scalars scalars,
                                    bool mean_outputs, int64_t scored, int64_t first, int64_t count,
                                    at::ScalarType compute_dtype, bool channels_last) {
   const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
-  auto [result, kept] = evaluate(x, parameters, options, false);
+  const Plain plain;
+  Engine::Forward result = engine_for(x, parameters, options).forward(x, mean_outputs, false);
   return {result.scores, result.gradients};
 }
 
@@ -83,8 +80,10 @@ std::tuple<Tensor, Tensors, Tensors> critic_forward(TensorList x, TensorList par
                                                     Scalars scalars, bool mean_outputs, int64_t scored, int64_t first,
                                                     int64_t count, at::ScalarType compute_dtype, bool channels_last) {
   const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
-  auto [result, kept] = evaluate(x, parameters, options, true);
-  return {result.scores, result.gradients, kept};
+  const Plain plain;
+  Engine engine = engine_for(x, parameters, options);
+  Engine::Forward result = engine.forward(x, mean_outputs, true);
+  return {result.scores, result.gradients, engine.packed()};
 }
 
 // The gradients of the wanted parameters and, with of_x, of x.
@@ -186,8 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> critic_loss(TensorList x, TensorList 
   const Options options{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
   const Loss loss{real, weight, {target, one_sided, power}};
   check_loss(options, loss);
-  const auto [critic, kept] = evaluate(x, parameters, options, false);
   const Plain plain;
+  const Engine::Forward critic = engine_for(x, parameters, options).forward(x, mean_outputs, false);
   const Evaluated e = apply(loss, critic, score_weights(x[0], options, loss), false);
   return {e.loss, e.penalty, e.scores, e.norms};
 }
@@ -202,9 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> critic_loss_forward(
   const Options o{program, scalars, mean_outputs, scored, first, count, compute_dtype, channels_last};
   const Loss loss{real, weight, {target, one_sided, power}};
   check_loss(o, loss);
-  const Rows points = check_inputs(x, parameters, o);
   const Plain plain;
-  Engine engine(x, parameters, o.program, o.scalars, o.scored, points, o.compute_dtype, o.channels_last);
+  Engine engine = engine_for(x, parameters, o);
   const Tensor weights = score_weights(x[0], o, loss);
   const Engine::Forward critic = engine.forward(x, o.mean_outputs, true, weights);
   const Evaluated e = apply(loss, critic, weights, true);
@@ -391,6 +389,8 @@ struct CriticLoss : torch::autograd::Function<CriticLoss> {
 
   static Variables backward(Context* ctx, const Variables& grads) {
     const auto state = state_of<LossState>(ctx);
+    Variables result(state->inputs + state->parameters + 2);  // options and loss
+    if (!grads[0].defined()) return result;
     Tensors gradients = std::exchange(state->gradients, {});
     if (gradients.empty() && !state->wanted.empty()) {
       const Variables saved = ctx->get_saved_variables();
@@ -407,7 +407,6 @@ struct CriticLoss : torch::autograd::Function<CriticLoss> {
       gradients = Once::apply(TensorList(grads).slice(0, 1), TensorList(ctx->get_saved_variables()), scale);
     else
       scale();
-    Variables result(state->inputs + state->parameters + 2);  // options and loss
     for (const auto i : c10::irange(gradients.size()))
       result[state->inputs + state->wanted[i]] = std::move(gradients[i]);
     return result;
