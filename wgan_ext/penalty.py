@@ -63,6 +63,7 @@ class Penalty:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{self.op}: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_type(self.op, "one_sided", self.one_sided, bool, "a bool")
         target = 0 if self.target is None else self.target
         for name, number in (("target", target), ("power", self.power), ("p", self.p)):
             check_number(self.op, name, number)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import _ops, lowering
 from .states import frozen, outside_variables, plain_attributes, state_of, value_of
@@ -73,16 +74,16 @@ class _Plans:
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plans] = weakref.WeakKeyDictionary()
-_lock = threading.RLock()  # tracing puts the critic's weights aside for a while
+_lock = threading.RLock()  # tracing hooks all modules and puts the critic's weights aside for a while
 
 
 def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
     """The plan of an evaluation ``critic(x, *args, **kwargs)``, made if there is none that holds."""
     if not isinstance(critic, nn.Module):
         return _refusal("the critic is not an nn.Module")
-    if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
-        return _refusal("a hook is registered for all modules")
     if torch.compiler.is_compiling():
+        if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return _refusal("a hook is registered for all modules")
         batch = tensors_in(x)[0].shape[0]
         constant = _constant_plan(critic, map_leaves(functools.partial(_like, batch=batch), (x, args, kwargs)))
         _guard(constant, critic)
@@ -91,30 +92,32 @@ def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    plans = _plans.get(critic)
-    if plans is None:
-        plans = _plans[critic] = _Plans()
-    state = state_of(critic)
-    state += (_signature(x, args, kwargs), _autocast_dtype(x if isinstance(x, Tensor) else tensors_in(x)[0]))
-    if plans.last is not None and plans.last[0] == state:
-        plan: Plan | None = plans.last[1]
-    else:
-        try:
-            plan = plans.plans.get(tuple(state))
-        except TypeError as error:
-            return _refusal(f"its state or arguments cannot be compared: {error}")
-    if plan is not None and plan.holds():
-        plans.found += 1
-        plans.last = state, plan
-        return plan
-    if plans.exhausted:
-        return _refusal("its attributes, or the shapes of its arguments, change too often to trace it each time")
     with _lock:
+        if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return _refusal("a hook is registered for all modules")
+        plans = _plans.get(critic)
+        if plans is None:
+            plans = _plans[critic] = _Plans()
+        state = state_of(critic)
+        state += (_signature(x, args, kwargs), _autocast_dtype(x if isinstance(x, Tensor) else tensors_in(x)[0]))
+        if plans.last is not None and plans.last[0] == state:
+            plan: Plan | None = plans.last[1]
+        else:
+            try:
+                plan = plans.plans.get(tuple(state))
+            except TypeError as error:
+                return _refusal(f"its state or arguments cannot be compared: {error}")
+        if plan is not None and plan.holds():
+            plans.found += 1
+            plans.last = state, plan
+            return plan
+        if plans.exhausted:
+            return _refusal("its attributes, or the shapes of its arguments, change too often to trace it each time")
         plans.made += 1
         if len(plans.plans) >= 16:
             plans.plans.clear()
         plan = plans.plans[tuple(state)] = _make(critic, x, args, kwargs)
-    return plan
+        return plan
 
 
 def _guard(plan: Plan, critic: nn.Module) -> None:
@@ -132,14 +135,15 @@ def _signature(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(x, Tensor) and not args and not kwargs:
         return x.shape[1:], x.dtype, x.device
     batch = tensors_in(x)[0].shape[0]
-    return tuple(
-        (path, _shape_of_sample(leaf, batch), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (path, leaf)
-        for path, leaf in leaves((x, args, kwargs))
-    )
+    return tuple((path, _alike(leaf, batch)) for path, leaf in leaves((x, args, kwargs)))
 
 
-def _shape_of_sample(t: Tensor, batch: int) -> tuple[Any, ...]:
-    return ("batch", *t.shape[1:]) if t.shape[:1] == (batch,) else tuple(t.shape)
+def _alike(leaf: Any, batch: int) -> Any:
+    """What of an argument a plan depends on."""
+    if not isinstance(leaf, Tensor):
+        return frozen(leaf)
+    shape = ("batch", *leaf.shape[1:]) if leaf.shape[:1] == (batch,) else tuple(leaf.shape)
+    return shape, leaf.dtype, leaf.device
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -159,6 +163,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    for name, module in critic.named_modules():
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            return _refusal(f"layer {name!r} is wrapped in {type(module).__name__}, which needs its own forward")
     first = tensors_in(x)[0]
     batch = first.shape[0]
     variables, blame = outside_variables(critic)
@@ -223,7 +230,8 @@ def _unlike(structure: Any) -> Any:
         _, batched, shape, dtype, device = structure
         shape = (4, *shape) if batched else shape
         return (torch.randn(shape) if dtype.is_floating_point else torch.zeros(shape)).to(device, dtype)
-    return type(structure)(map(_unlike, structure))
+    values = map(_unlike, structure)
+    return type(structure)(*values) if hasattr(structure, "_fields") else type(structure)(values)
 
 
 def _constant_plan(critic: nn.Module, likes: Any) -> Plan:
@@ -285,9 +293,24 @@ def read_parameters(
 
     Further arguments that have a batch are repeated for ``copies`` batches.
     """
-    t = plan.trace
     if plan.plain is not None and not torch.compiler.is_compiling():  # which knows no weak references
         return [module()._parameters[name] for module, name in plan.plain]  # type: ignore[union-attr, misc]
+    if not torch.compiler.is_compiling():
+        with _lock:  # another thread, tracing, may have put the weights aside
+            return _read(plan, critic, args, kwargs, batch, copies, hooks)
+    return _read(plan, critic, args, kwargs, batch, copies, hooks)
+
+
+def _read(
+    plan: Plan,
+    critic: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch: int,
+    copies: int,
+    hooks: bool,
+) -> list[Tensor]:
+    t = plan.trace
     if hooks:
         for path in t.hooked:
             module = _module(plan, critic, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import enum
+import functools
 import logging
 import types
 import weakref
@@ -59,30 +60,55 @@ def _add_state(module: nn.Module, state: list[Any]) -> None:
             state.append(frozen(value))
     for tensors in (attributes["_parameters"], attributes["_buffers"]):
         for tensor in tensors.values():
-            state.append(None if tensor is None else tensor.shape)
+            state += (None, None) if tensor is None else (tensor.shape, tensor.dtype)
     for child in attributes["_modules"].values():
         if child is not None:
             _add_state(child, state)
 
 
+class _Identity:
+    """Equals another one of the same object, while that lives; keeps alive only what allows no weak reference."""
+
+    def __init__(self, value: Any) -> None:
+        self.id = id(value)
+        try:
+            self.of: Any = weakref.ref(value)
+        except TypeError:
+            self.of = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.id == other.id and self.of() is other.of() is not None
+
+    def __hash__(self) -> int:
+        return self.id
+
+
 def frozen(value: Any, depth: int = 0) -> Any:
     """Something hashable that differs where the value does, as far as a forward can depend on it."""
-    if isinstance(value, types.FunctionType):
-        return weakref.ref(value)  # its closure may hold the critic
-    if isinstance(value, types.MethodType):
-        return weakref.ref(value.__func__), id(value.__self__)
-    if value.__class__ in _ATOMS:
+    kind = value.__class__
+    if kind in _ATOMS:
         return value
+    if kind is types.MethodType:
+        return _Identity(value.__func__), _Identity(value.__self__)
     if isinstance(value, dict):
         return tuple([(key, frozen(item, depth)) for key, item in value.items()]) if value else ()
     if isinstance(value, (tuple, list)):
         return tuple([frozen(item, depth) for item in value])
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset([frozen(item, depth) for item in value])
     if isinstance(value, Tensor):
         return value.shape, value.dtype
+    if isinstance(value, (int, float, str)):  # of a class of one's own
+        return kind, repr(value)
+    if isinstance(value, functools.partial):
+        return kind, frozen(value.func, depth), frozen(value.args, depth), frozen(value.keywords, depth)
+    if kind.__module__ == "numpy" and hasattr(value, "tobytes"):  # an array or a scalar
+        return kind, value.shape, str(value.dtype), value.tobytes()
     contents = getattr(value, "__dict__", None)  # of a configuration, say
-    if not contents or depth == 3 or isinstance(value, (nn.Module, type, types.ModuleType, logging.Logger)):
-        return id(value)
-    return id(value), frozen(contents, depth + 1)
+    opaque = (nn.Module, type, types.ModuleType, types.FunctionType, logging.Logger)
+    if not contents or depth == 3 or isinstance(value, opaque):
+        return _Identity(value)
+    return _Identity(value), frozen(contents, depth + 1)
 
 
 _MISSING = object()

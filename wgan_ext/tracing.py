@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import enum
 import inspect
 import random
 import sys
@@ -297,6 +298,12 @@ _RANDOM = frozenset(
 _UNSEEN = frozenset(["to", "type", "float", "contiguous", "clone", "__getitem__"])  # not worth a row of explain's table
 
 
+_PLAIN = (
+    *(int, float, complex, str, type(None), type(...), enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
 class Recorder(TorchFunctionMode):
     """Sees every torch function that a forward calls, and writes the program; what handlers call."""
 
@@ -414,6 +421,8 @@ class Recorder(TorchFunctionMode):
         """The number of the value that the tensor is."""
         if not isinstance(tensor, Tensor) or id(tensor) not in self.values:
             raise Obstacle("takes the input in an unexpected place")
+        if not tensor.is_floating_point():
+            raise Obstacle("takes integers that were made from the input")
         if id(tensor) in self.stale:
             raise Obstacle("uses a tensor that was changed in place through a view")
         return self.values[id(tensor)]
@@ -437,6 +446,8 @@ class Recorder(TorchFunctionMode):
                 return kind.__name__, [self.encode(item) for item in argument], None
         if isinstance(argument, slice):
             return "slice", [self.encode(item) for item in (argument.start, argument.stop, argument.step)], None
+        if not isinstance(argument, _PLAIN):
+            raise Obstacle(f"takes an object of class {type(argument).__name__}")
         return "value", argument, None
 
     def parameter(self, tensor: Tensor | None) -> int:
@@ -514,14 +525,17 @@ class Recorder(TorchFunctionMode):
         own = [t for t in tensors_in([args, kwargs]) if self.sources.get(id(t), ("", 0, 0))[0] != "slot"]
         versions = [tensor._version for tensor in own]
         try:
-            if name.removesuffix("_") in _RANDOM or ("dropout" in name and False not in args[2:3]):
+            training = kwargs.get("training", args[2] if len(args) > 2 else True)
+            if name.removesuffix("_") in _RANDOM or ("dropout" in name and training):
                 raise Obstacle("draws random numbers")
             result = self.derive(function, *args, **kwargs)
         except Obstacle as error:
             self.obstacle(name, str(error))
             return function(*args, **kwargs)
-        if not tensors_in([args, kwargs, result]):
-            self.trace.steps.pop()  # no tensor takes part
+        if not tensors_in(result) and result is not None:
+            self.trace.steps.pop()
+            if tensors_in([args, kwargs]):
+                self.obstacle(name, "reads the values of a tensor")
         if any(tensor._version != version for tensor, version in zip(own, versions, strict=True)):
             self.obstacle(name, "changes a tensor of the critic in place")
         return result
