@@ -2,8 +2,8 @@
 
 A layer has three products, each of as many multiply-adds: forward y = x W^T, input dx = dy W, weight dW = dy^T x. A
 gradient penalty is made of them: activations (forward), u-chain (input), v-chain (forward), dW = u^T v (weight), and
-for a smooth critic the derivative through its activations (input, weight). The critic loss has the scores of real and
-fake and their derivative besides.
+for a smooth critic the derivative through its activations (input, weight). The critic loss has real and fake besides:
+their activations (forward), their u-chain (input) and dW = u^T h (weight).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ Place = Literal["first", "inner", "last"]
 class Needs(NamedTuple):
     """How often the samples of a batch go through (forward, input, weight) of a layer, by its place.
 
-    Below the first layer no chain goes on; above the last activation the chains are the same for every sample.
+    Below the first layer only the points' chain u goes on. Above the last activation the penalty's u is the same for
+    every sample, so its products have a batch of one, which is not counted, and the activations are not needed. In the
+    loss u starts from the weights of the scores and differs between real, fake and points.
     """
 
     first: tuple[int, int, int]
@@ -43,11 +45,11 @@ class Kind(NamedTuple):
 
 PIECEWISE_LINEAR = Kind(
     penalty=Needs(first=(2, 1, 1), inner=(2, 1, 1), last=(0, 0, 0)),
-    loss=Needs(first=(4, 1, 3), inner=(4, 3, 3), last=(2, 0, 2)),
+    loss=Needs(first=(4, 1, 3), inner=(4, 3, 3), last=(3, 3, 3)),
 )
 SMOOTH = Kind(
     penalty=Needs(first=(2, 1, 2), inner=(2, 2, 2), last=(0, 0, 0)),
-    loss=Needs(first=(4, 1, 4), inner=(4, 4, 4), last=(2, 0, 2)),
+    loss=Needs(first=(4, 1, 4), inner=(4, 4, 4), last=(3, 3, 3)),
 )
 
 ROUNDS = 3

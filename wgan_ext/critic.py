@@ -60,25 +60,27 @@ def input_gradient(
     """Return dD/dx, the gradient of every sample's summed critic outputs with respect to that sample.
 
     Differentiable with respect to the critic's parameters, by the analytic engine once: deriving that derivative raises
-    NotImplementedError. With respect to x the result of the analytic engine is constant almost everywhere, so x gets
-    zeros; a critic with smooth layers takes autograd and keeps its second derivative in x. Under ``no_grad`` only the
-    value is computed. Neither ``x.requires_grad`` nor ``x.grad`` is touched.
+    NotImplementedError. With respect to x the gradient of a piecewise-linear critic is constant almost everywhere, so
+    that x gets zeros; smooth layers give it their second derivative, by a third chain of products. Under ``no_grad``
+    only the value is computed. The call touches neither ``x.requires_grad`` nor ``x.grad``.
 
     NaN in x is not looked for: smooth layers turn it into NaN, but in a piecewise-linear critic it only decides signs,
     and the gradient there is finite, as autograd's can be too. The scores are NaN then, and so is a loss that has them.
 
-    The analytic engine does not call ``critic.forward``: it runs spectral- and weight-norm hooks and reads each
-    parametrized weight once, as one forward would. Under autocast its products run in autocast's dtype, and on a CPU
-    in float32.
+    The analytic engine calls ``critic.forward`` only to trace it, on two and on three samples, at the first call and
+    after changes of the critic other than of its tensors' values; a forward that branches on the number of samples is
+    found out only if it treats two and three differently. Otherwise the engine runs spectral- and weight-norm hooks and
+    reads each parametrized weight once, as one forward would. Its products run in the dtype of x or in autocast's,
+    those of 16-bit types in float32 on a CPU.
 
     Args:
         critic: A map from a batch, the first dimension of x, to as many scores, or maps of scores. Each score must
             depend on its own sample only, or the gradients of different samples mix.
         x: [B, ...], floating point, B > 0.
-        critic_args: Further positional arguments of the critic (labels, conditions); only for autograd.
-        critic_kwargs: Further named arguments of the critic; only for autograd.
+        critic_args: Further positional arguments of the critic (labels, conditions); tensors keep their rows.
+        critic_kwargs: Further named arguments of the critic; the same.
         engine: "auto" takes the analytic engine where it can; "analytic" raises NotImplementedError, naming the first
-            layer it cannot take; "autograd" is autograd's double backward.
+            layer it cannot take; "autograd" is autograd's double backward. ``explain`` tells which "auto" takes.
 
     Returns:
         [B, ...], of the shape and dtype of x.
@@ -87,7 +89,8 @@ def input_gradient(
         TypeError, ValueError: the critic loses the batch, ignores its input or returns no tensor, or x is not a
             floating-point batch of the critic's dtype and device.
         NotImplementedError: the critic is wrapped for data-parallel training, whose synchronisation of gradients
-            calling the engine would bypass; or the analytic engine is asked for under a transform of torch.func.
+            calling the engine would bypass; the analytic engine is asked for where it cannot, as under a transform of
+            torch.func; or autograd is needed under torch.compile.
         RuntimeError: from ``backward``, which leaves gradients of a critic in DDP unsynchronised.
     """
     check_batch("input_gradient", "x", x)
@@ -108,8 +111,18 @@ def explain(
 ) -> CriticPlan:
     """Return the plan by which the input gradient of the critic at x would be computed.
 
-    The critic's forward is run on two and on three samples to see what it does. Spectral norm's vectors u and v and all
-    other buffers stay as they are.
+    The critic's forward is run on two and on three samples to see what it does, unless that is known from before; see
+    ``input_gradient`` for what this cannot see. Spectral norm's vectors u and v and all other buffers stay as they are.
+
+    Args:
+        critic: As for ``input_gradient``.
+        x: [B, ...], floating point, or a tuple, list or dict of such tensors, as the critic takes it; the first samples
+            serve, and the plan is for any B.
+        critic_args: Further positional arguments of the critic.
+        critic_kwargs: Further named arguments of the critic.
+
+    Returns:
+        The engine that "auto" takes, the first obstacle to the analytic one, and a row for each layer.
 
     Raises:
         TypeError, ValueError: the critic is not callable, or x not a floating-point batch or a structure of such.

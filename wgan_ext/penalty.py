@@ -267,6 +267,10 @@ def gradient_penalty(
     is 0 gets the subgradient 0. NaN in the inputs is not looked for, and a piecewise-linear critic can give it a finite
     penalty: it shows in the scores (see ``input_gradient``).
 
+    In grad mode the analytic engine computes the parameters' gradients along with the value (except for a mask, for p
+    other than 2 and for the reductions "max" and "none"), so evaluate under ``no_grad`` where none is needed; a second
+    backward of a retained graph computes them again.
+
     Args:
         critic: A map from a batch to as many scores, or maps of scores; see ``input_gradient``.
         real: [B, ...], floating point, or a tuple, list or dict of such tensors, which the critic then gets as it

@@ -115,6 +115,10 @@ def wgan_gp_loss(
     parameters. Critics that the analytic engine cannot take (see ``explain``) are evaluated by autograd, real, fake and
     points apart, as everybody writes it.
 
+    In grad mode the analytic engine computes the parameters' gradients along with the value (except for a mask, for p
+    other than 2 and for the reduction "max"), so evaluate under ``no_grad`` where none is needed; a second backward of
+    a retained graph computes them again.
+
     Args:
         critic: A map from a batch to as many scores, or maps of scores; see ``input_gradient``.
         real: [B, ...], floating point, or a tuple, list or dict of such tensors.
