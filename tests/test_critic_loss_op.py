@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICES
 from torch import Tensor
 
 from wgan_ext import _ops, reference
@@ -129,20 +130,24 @@ def test_norms_do_not_overflow(dtype: torch.dtype, size: float, device: torch.de
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("given", "computed", "tolerance"),
+    ("device", "given", "computed", "tolerance"),
     [
-        (torch.float32, torch.float32, 1e-5),
-        (torch.float16, torch.float32, 1e-3),
-        (torch.bfloat16, torch.float32, 1e-2),
-        (torch.float32, torch.float16, 1e-2),
-        (torch.float32, torch.bfloat16, 1e-1),
+        (device, *types)
+        for device in DEVICES
+        for types in (
+            (torch.float32, torch.float32, 1e-5),
+            (torch.float16, torch.float32, 1e-3),
+            (torch.bfloat16, torch.float32, 1e-2),
+            (torch.float32, torch.float16, 1e-2),
+            (torch.float32, torch.bfloat16, 1e-1),
+        )
+        if device != "cpu" or types[1] == torch.float32  # the engine has no 16-bit kernels for the CPU
     ],
+    indirect=["device"],
 )
 def test_other_dtypes(
     layout: str, given: torch.dtype, computed: torch.dtype, tolerance: float, device: torch.device
 ) -> None:
-    if device.type == "cpu" and computed != torch.float32:
-        pytest.skip("the engine has no 16-bit kernels for the CPU")
     parameters, program, scalars = mlp(device)
     narrow = [t.detach().to(given).requires_grad_() for t in parameters]
     x = [t.to(given) for t in inputs(device, LAYOUTS[layout][0])]

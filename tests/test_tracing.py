@@ -19,24 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from critics import Forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wgan_ext
 from wgan_ext import explain, input_gradient, plans, reference
-
-
-class Forward(nn.Module):
-    """A critic made of its parts and the function that its forward is."""
-
-    def __init__(self, function: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.function(self, *args, **kwargs)
 
 
 def mlp(*options: nn.Module) -> nn.Sequential:
