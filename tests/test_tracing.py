@@ -184,10 +184,10 @@ OBSTACLES: dict[str, tuple[Callable[[], Any], tuple[int, ...], str]] = {
         (4, 3),
         "reads the values of a tensor",
     ),
-    "values by an array of numpy": (
+    "values by numpy, a tensor again": (
         lambda: of_body(
-            lambda self, x: self.head(self.body(x)) * float(np.array(self.scale.detach()).sum()),
-            scale=nn.Parameter(torch.full((2,), 2.0)),
+            lambda self, x: self.head(self.body(x)) * torch.from_numpy(2 * np.asarray(self.scale.detach())),
+            scale=nn.Buffer(torch.full((1,), 2.0)),
         ),
         (4, 3),
         "reads the values of a tensor",
@@ -672,19 +672,25 @@ def rescaled(self: Any, x: Tensor) -> Tensor:
     return self.body(x) * float(self.gain)
 
 
+def renew(critic: Any, make: Callable[[], Any]) -> None:
+    """Set another gain, which often lies where the one before lay."""
+    critic.gain = None
+    critic.gain = make()
+
+
 # Each forward with what it reads, self.gain, and what changes that at a step.
 GAINS: dict[str, tuple[Callable[..., Tensor], Callable[[], Any], Callable[[Any, int], Any]]] = {
     "a number of numpy": (
         rescaled,
         lambda: np.float32(1),
-        lambda critic, step: setattr(critic, "gain", np.float32(step)),
+        lambda critic, step: renew(critic, lambda: np.float32(step)),
     ),
     "a number of numpy times x": (
         lambda self, x: self.body(x * self.gain),
         lambda: np.float64(1),
-        lambda critic, step: setattr(critic, "gain", np.float64(step)),
+        lambda critic, step: renew(critic, lambda: np.float64(step)),
     ),
-    "a subclass of float": (rescaled, lambda: Gain(1), lambda critic, step: setattr(critic, "gain", Gain(step))),
+    "a subclass of float": (rescaled, lambda: Gain(1), lambda critic, step: renew(critic, lambda: Gain(step))),
     "a subclass of float in a list": (
         lambda self, x: self.body(x) * self.gain[0],
         lambda: [Gain(1)],
@@ -693,7 +699,7 @@ GAINS: dict[str, tuple[Callable[..., Tensor], Callable[[], Any], Callable[[Any, 
     "a partial function": (
         lambda self, x: self.gain(self.body(x)),
         lambda: functools.partial(F.leaky_relu, negative_slope=0.1),
-        lambda critic, step: setattr(critic, "gain", functools.partial(F.leaky_relu, negative_slope=step / 10)),
+        lambda critic, step: renew(critic, lambda: functools.partial(F.leaky_relu, negative_slope=step / 10)),
     ),
     "a partial function in place": (
         lambda self, x: self.gain(self.body(x)),
@@ -708,7 +714,7 @@ GAINS: dict[str, tuple[Callable[..., Tensor], Callable[[], Any], Callable[[Any, 
     "a frozenset": (
         lambda self, x: self.body(x) * sum(self.gain),
         lambda: frozenset([1]),
-        lambda critic, step: setattr(critic, "gain", frozenset([1, step])),
+        lambda critic, step: renew(critic, lambda: frozenset([1, step])),
     ),
     "a queue": (
         lambda self, x: self.body(x) * sum(self.gain),
@@ -771,16 +777,16 @@ class Slotted:
     ids=["object", "slots", "namespace", "nested"],
 )
 def test_no_plan_goes_stale_by_an_argument(make: Any, change: Any, by_name: bool) -> None:
-    critic, x, cfg = (
-        Forward(lambda self, x, cfg: self.body(x) * cfg.alpha, body=nn.Linear(3, 1)),
-        torch.ones(4, 3),
-        None,
-    )
-    for step in range(1, 9):
-        cfg = make() if step in (1, 5) else cfg
-        if step not in (1, 5):
+    critic, cfg = Forward(lambda self, x, cfg: self.body(x) * cfg.alpha, body=nn.Linear(3, 1)), make()
+    x, given = torch.randn(4, 3), {}
+    for step in range(2, 9):
+        if step == 5:
+            given.clear()
+            del cfg
+            cfg = make()  # often where the one before lay
+        else:
             change(cfg, step)
-        given: dict[str, Any] = {"critic_kwargs": {"cfg": cfg}} if by_name else {"critic_args": (cfg,)}
+        given = {"critic_kwargs": {"cfg": cfg}} if by_name else {"critic_args": (cfg,)}
         assert agrees(critic, x, "auto", **given)
 
 
@@ -985,24 +991,16 @@ def while_tracing(trace: Callable[[], Any], evaluate: Callable[[], Any]) -> list
     return [result for future in futures for result in future.result()]
 
 
-@pytest.mark.parametrize("norm", ["weight_norm", "legacy weight_norm", "spectral_norm in eval mode"])
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
 def test_evaluations_while_another_thread_traces_the_critic(norm: str) -> None:
     """Computed weights are put aside for tracing, yet every evaluation has the gradients of what they come from."""
-    wrap: Any = {
-        "weight_norm": nn.utils.parametrizations.weight_norm,
-        "legacy weight_norm": nn.utils.weight_norm,
-        "spectral_norm in eval mode": nn.utils.parametrizations.spectral_norm,
-    }[norm]
-    x = torch.randn(4, 3)
+    wrap, x = getattr(nn.utils.parametrizations, norm), torch.randn(4, 3)
     for _ in range(4):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            layers = [wrap(nn.Linear(3, 8)), nn.SiLU(), wrap(nn.Linear(8, 1, bias=False))]
-        critic = nn.Sequential(*layers).eval()
+        critic = nn.Sequential(wrap(nn.Linear(3, 8)), nn.SiLU(), wrap(nn.Linear(8, 1, bias=False))).eval()
         parameters = list(critic.parameters())
 
         def evaluate(critic: Any = critic, parameters: Any = parameters) -> tuple[Tensor | None, ...]:
-            gradient = input_gradient(critic, x, engine="analytic")
+            gradient = input_gradient(critic, x)
             return torch.autograd.grad(gradient.square().sum(), parameters, allow_unused=True)
 
         def trace(critic: Any = critic) -> None:
