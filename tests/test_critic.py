@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from critics import Forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -38,19 +39,6 @@ INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 ADAPTIVE_POOL = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
-
-
-class Forward(nn.Module):
-    """A critic made of its parts and the function that its forward is."""
-
-    def __init__(self, function: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.function(self, *args, **kwargs)
 
 
 class Residual(nn.Module):
@@ -1208,6 +1196,56 @@ def test_gradients_reach_arguments_that_require_them() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+# Each critic, whose parameters have the same cotangent, with the shape of a batch for it and its further arguments.
+SUMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[Any, ...]]] = {
+    "two embeddings": (
+        lambda: Forward(
+            lambda self, x, y: F.silu(self.body(x) + self.a(y) + self.b(y)),
+            body=nn.Linear(5, 4),
+            a=nn.Embedding(4, 4),
+            b=nn.Embedding(4, 4),
+        ),
+        (6, 5),
+        (LABELS,),
+    ),
+    **{
+        f"two vectors of shape {shape}, {name}": (
+            lambda shape=shape, after=after: Forward(
+                lambda self, x: self.after(self.body(x) + self.a + self.b),
+                body=nn.Linear(5, 4),
+                after=after(),
+                a=nn.Parameter(torch.randn(shape)),
+                b=nn.Parameter(torch.randn(shape)),
+            ),
+            (1, 5),
+            (),
+        )
+        for shape in ((4,), (1, 4))
+        for name, after in {
+            "linear": nn.Identity,
+            "smooth": nn.SiLU,
+            "with a head": lambda: nn.Sequential(nn.SiLU(), nn.Linear(4, 1)),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("function", [gradient_penalty, wgan_gp_loss])
+@pytest.mark.parametrize("p", [2.0, 3.0])
+@pytest.mark.parametrize("name", SUMS)
+def test_gradients_of_parameters_share_no_memory(name: str, p: float, function: Any) -> None:
+    """Where they do, what is scaled or accumulated in place is so more than once."""
+    make, shape, args = SUMS[name]
+    critic, (real, fake) = make().double(), torch.randn(2, *shape, dtype=torch.float64)
+    mix, expected = torch.rand(shape[0], 1, dtype=torch.float64), copy.deepcopy(critic)
+    for _ in range(2):  # gradients accumulate
+        for model, engine in ((critic, "analytic"), (expected, "autograd")):
+            (10 * function(model, real, fake, mix=mix, p=p, engine=engine, critic_args=args)).backward()
+        assert_same([q.grad for q in critic.parameters()], [q.grad for q in expected.parameters()])
+        grads = [q.grad for q in critic.parameters() if q.grad is not None]
+        assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+
+
 def test_batchnorm_in_training_warns() -> None:
     critic = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
     with pytest.warns(UserWarning, match="input_gradient: the critic normalizes over the batch"):
@@ -1277,6 +1315,24 @@ def test_autocast_leaves_float64_alone(device: torch.device) -> None:
     with torch.autocast(device.type, dtype=torch.bfloat16):
         gradient = input_gradient(critic, x, engine="analytic")
     torch.testing.assert_close(gradient, reference.input_gradient(critic, x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_critic_in_another_dtype_refuses_the_first_one() -> None:
+    """As a fresh critic does, although there is a plan for the first dtype."""
+    critic, x = mlp(3, 8, 1), torch.randn(4, 3)
+    for to, own in ((torch.float64, x), (torch.float32, x.double()), (torch.bfloat16, x)):
+        input_gradient(critic, own, engine="analytic")
+        wgan_gp_loss(critic, own, own, engine="analytic")
+        critic.to(to)
+        for other in (critic, copy.deepcopy(critic)):
+            with pytest.raises(TypeError, match=rf"x must have the dtype of the critic \({to}\), got {own.dtype}"):
+                input_gradient(other, own)
+            for function in (gradient_penalty, wgan_gp_loss):
+                with pytest.raises(TypeError, match=rf"must have the dtype of the critic \({to}\), got {own.dtype}"):
+                    function(other, own, own)
+        explain(critic, own)
+        assert explain(critic, own.to(to)).engine == "analytic"
+        critic.to(torch.float64 if to == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

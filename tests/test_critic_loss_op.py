@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICES
 from torch import Tensor
 
 from wgan_ext import _ops, reference
@@ -129,20 +132,24 @@ def test_norms_do_not_overflow(dtype: torch.dtype, size: float, device: torch.de
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("given", "computed", "tolerance"),
+    ("device", "given", "computed", "tolerance"),
     [
-        (torch.float32, torch.float32, 1e-5),
-        (torch.float16, torch.float32, 1e-3),
-        (torch.bfloat16, torch.float32, 1e-2),
-        (torch.float32, torch.float16, 1e-2),
-        (torch.float32, torch.bfloat16, 1e-1),
+        (device, *types)
+        for device in DEVICES
+        for types in (
+            (torch.float32, torch.float32, 1e-5),
+            (torch.float16, torch.float32, 1e-3),
+            (torch.bfloat16, torch.float32, 1e-2),
+            (torch.float32, torch.float16, 1e-2),
+            (torch.float32, torch.bfloat16, 1e-1),
+        )
+        if device != "cpu" or types[1] == torch.float32  # the engine has no 16-bit kernels for the CPU
     ],
+    indirect=["device"],
 )
 def test_other_dtypes(
     layout: str, given: torch.dtype, computed: torch.dtype, tolerance: float, device: torch.device
 ) -> None:
-    if device.type == "cpu" and computed != torch.float32:
-        pytest.skip("the engine has no 16-bit kernels for the CPU")
     parameters, program, scalars = mlp(device)
     narrow = [t.detach().to(given).requires_grad_() for t in parameters]
     x = [t.to(given) for t in inputs(device, LAYOUTS[layout][0])]
@@ -188,6 +195,51 @@ def test_refuses_a_second_derivative_by_name(device: torch.device) -> None:
     gradients = torch.autograd.grad(loss, critic[0], create_graph=True)
     with pytest.raises(NotImplementedError, match=r'differentiable once.*engine="autograd"'):
         torch.autograd.grad(gradients[0].sum(), critic[0])
+
+
+class Stop(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_an_undefined_gradient_does_nothing(create_graph: bool, device: torch.device) -> None:
+    critic, x = mlp(device), inputs(device, 9)
+    loss = _ops.critic_loss(*arguments(critic, x, "points behind", 10.0, 1.0, False, 2.0))[0]
+    gradients = torch.autograd.grad(
+        Stop.apply(loss), critic[0], retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+    after = torch.autograd.grad(loss, critic[0])
+    again = _ops.critic_loss(*arguments(critic, x, "points behind", 10.0, 1.0, False, 2.0))[0]
+    for got, expected in zip(after, torch.autograd.grad(again, critic[0]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_refuses_no_input(requires_grad: bool) -> None:
+    """In a process of its own, which a crash would end."""
+    code = f"""
+import torch, wgan_ext
+parameters = [torch.ones(1, 1, requires_grad={requires_grad})]
+for program in [], [{int(Kind.CONSTANT)}, 1, 0, 1, 1]:
+    options = parameters, program, [], True, 2, 4, 0, 4, torch.float32, False, 10.0, 1.0, False, 2.0
+    try:
+        torch.ops.wgan_ext.critic_loss([], *options)
+    except ValueError as error:
+        assert "x must hold at least one tensor" in str(error), error
+    else:
+        raise AssertionError(program)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_refuses_to_differentiate_x(device: torch.device) -> None:

@@ -466,3 +466,53 @@ def test_replicas_of_data_parallel(engine: str) -> None:
     chunks = zip(*(t.chunk(2) for t in whole_batch()), strict=True)
     torch.stack([replicate(loss)(real, fake, mix=mix) for real, fake, mix in chunks]).mean().backward()
     assert_synchronised(loss)
+
+
+class Inner(nn.Module):
+    """A critic of one wrapped part."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.inner = wrap(make_critic())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+# Each critic, made with a wrapper around one of its layers.
+WRAPPED_LAYERS: dict[str, Callable[[Any], nn.Module]] = {
+    "a layer": lambda wrap: nn.Sequential(wrap(nn.Linear(5, 9)), nn.ReLU(), nn.Linear(9, 1)),
+    "a part of a part": lambda wrap: nn.Sequential(
+        nn.Linear(5, 9), nn.Sequential(nn.ReLU(), wrap(nn.Sequential(nn.Linear(9, 7), nn.ReLU()))), nn.Linear(7, 1)
+    ),
+    "all of it": Inner,
+}
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, DataParallel])
+@pytest.mark.parametrize("name", WRAPPED_LAYERS)
+def test_wrapped_layers_are_refused(name: str, wrapper: Any, engine: Any) -> None:
+    real, fake, mix = whole_batch()
+    critic = WRAPPED_LAYERS[name](wrapper).double()
+    refused = rf"of the critic is wrapped in {wrapper.__name__}"
+    for _ in range(2):  # also with a plan
+        with pytest.raises(NotImplementedError, match=rf"gradient_penalty: .*{refused}"):
+            penalty_of(critic, engine, whole_batch())
+        with pytest.raises(NotImplementedError, match=rf"input_gradient: .*{refused}"):
+            input_gradient(critic, real, engine=engine)
+        with pytest.raises(NotImplementedError, match=rf"wgan_gp_loss: .*{refused}"):
+            CriticLoss(critic, engine=engine)(real, fake, mix=mix)
+        with pytest.raises(NotImplementedError, match=rf"explain: .*{refused}"):
+            explain(critic, real)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", WRAPPED_LAYERS)
+def test_layers_in_data_parallel_are_refused_without_processes(name: str, engine: Any) -> None:
+    critic = WRAPPED_LAYERS[name](lambda layer: layer).double()
+    penalty_of(critic, engine, whole_batch())
+    critic = WRAPPED_LAYERS[name](DataParallel).double()
+    with pytest.raises(NotImplementedError, match=r"gradient_penalty: .*of the critic is wrapped in DataParallel"):
+        penalty_of(critic, engine, whole_batch())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import functools
 import gc
 import io
 import itertools
 import random
 import re
 import sys
+import threading
 import types
 import warnings
 import weakref
@@ -19,24 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from critics import Forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wgan_ext
 from wgan_ext import explain, input_gradient, plans, reference
-
-
-class Forward(nn.Module):
-    """A critic made of its parts and the function that its forward is."""
-
-    def __init__(self, function: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.function(self, *args, **kwargs)
 
 
 def mlp(*options: nn.Module) -> nn.Sequential:
@@ -185,11 +176,50 @@ OBSTACLES: dict[str, tuple[Callable[[], Any], tuple[int, ...], str]] = {
         r"reads the values|reduces",
     ),
     "control flow": (lambda: of_body(control_flow), (4, 3), "reads the values|reduces the batch|not a function"),
+    "values by numpy": (
+        lambda: of_body(
+            lambda self, x: self.head(self.body(x)) * float(np.asarray(self.scale.detach())[0]),
+            scale=nn.Buffer(torch.full((1,), 2.0)),
+        ),
+        (4, 3),
+        "reads the values of a tensor",
+    ),
+    "values by numpy, a tensor again": (
+        lambda: of_body(
+            lambda self, x: self.head(self.body(x)) * torch.from_numpy(2 * np.asarray(self.scale.detach())),
+            scale=nn.Buffer(torch.full((1,), 2.0)),
+        ),
+        (4, 3),
+        "reads the values of a tensor",
+    ),
+    "indices of a maximum": (
+        # so small a part that comparing the plan with autograd would not show it
+        lambda: of_body(lambda self, x: self.head(self.body(x)) * (1 + 1e-3 * self.body(x).max(1, keepdim=True)[1])),
+        (4, 3),
+        r"mul|max|indices",
+    ),
+    "indices of a maximum added": (
+        lambda: of_body(
+            lambda self, x: self.head(self.body(x) + 1e-3 * self.body(x).max(dim=1, keepdim=True).indices.float())
+        ),
+        (4, 3),
+        r"mul|max|indices|float",
+    ),
+    "indices of a maximum to gather": (
+        lambda: of_body(lambda self, x: self.body(x).gather(1, self.body(x).max(1, keepdim=True).indices)),
+        (4, 3),
+        "gather|max|indices",
+    ),
     "dropout": (lambda: mlp(nn.Dropout(0.5)), (4, 3), r"layer '1', Dropout\(p=0.5.* is random in training mode"),
     "functional dropout": (
         lambda: of_body(lambda self, x: self.head(F.dropout(self.body(x), 0.5, self.training))),
         (4, 3),
         r"dropout\(\), is random|is random in training",
+    ),
+    "dropout of a weight": (
+        lambda: of_body(lambda self, x: self.head(F.linear(x, F.dropout(self.body.weight, 0.5, training=True)))),
+        (4, 3),
+        "draws random numbers",
     ),
     "RReLU": (lambda: mlp(nn.RReLU()), (4, 3), "layer '1', RReLU.* is random in training mode"),
     "minibatch stddev": (lambda: of_body(minibatch_stddev), (4, 3), r"std\(\)"),
@@ -328,6 +358,39 @@ def test_other_critics_take_autograd_visibly(name: str) -> None:
     assert plan.engine == "autograd"
     with pytest.raises(NotImplementedError, match=f"input_gradient: the analytic engine cannot take.*({reason})"):
         input_gradient(critic, x, engine="analytic")
+
+
+@pytest.mark.parametrize("call", ["by name", "by position", "all by name", "of a part of the input"])
+def test_dropout_out_of_training_is_traced(call: str) -> None:
+    critic = of_body(
+        {
+            "by name": lambda self, x: self.head(F.linear(x, F.dropout(self.body.weight, 0.5, training=False)).relu()),
+            "by position": lambda self, x: self.head(F.linear(x, F.dropout(self.body.weight, 0.5, False)).relu()),
+            "all by name": lambda self, x: self.head(
+                F.linear(x, F.dropout(input=self.body.weight, p=0.5, training=False)).relu()
+            ),
+            "of a part of the input": lambda self, x: self.head(F.dropout(self.body(x).relu(), 0.5, training=False)),
+        }[call]
+    )
+    assert agrees(critic, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.body(x * torch.as_tensor(np.linspace(1, 2, 4))),
+        lambda self, x: self.body(x * torch.from_numpy(np.linspace(1, 2, 4))),
+        lambda self, x: self.body(x * torch.tensor(np.linspace(1, 2, 4))),
+        lambda self, x: self.body(x) + torch.as_tensor(np.float64(2)),
+        lambda self, x: self.body(x * np.float64(2)),
+    ],
+    ids=["as_tensor", "from_numpy", "tensor", "a number of numpy", "times a number of numpy"],
+)
+def test_arrays_of_numpy_in_a_forward(forward: Callable[..., Tensor]) -> None:
+    critic, x = Forward(forward, body=nn.Linear(4, 1)).double(), torch.randn(3, 4, dtype=torch.float64)
+    explain(critic, x)
+    for _ in range(2):
+        assert agrees(critic, x, "auto")
 
 
 def test_hooks_on_all_modules_mean_autograd() -> None:
@@ -601,6 +664,168 @@ def test_a_plan_goes_with_the_state_that_it_was_made_for(name: str, traces: list
         Progressive.gain = 1.0
 
 
+class Gain(float):
+    pass
+
+
+def rescaled(self: Any, x: Tensor) -> Tensor:
+    return self.body(x) * float(self.gain)
+
+
+def renew(critic: Any, make: Callable[[], Any]) -> None:
+    """Set another gain, which often lies where the one before lay."""
+    critic.gain = None
+    critic.gain = make()
+
+
+# Each forward with what it reads, self.gain, and what changes that at a step.
+GAINS: dict[str, tuple[Callable[..., Tensor], Callable[[], Any], Callable[[Any, int], Any]]] = {
+    "a number of numpy": (
+        rescaled,
+        lambda: np.float32(1),
+        lambda critic, step: renew(critic, lambda: np.float32(step)),
+    ),
+    "a number of numpy times x": (
+        lambda self, x: self.body(x * self.gain),
+        lambda: np.float64(1),
+        lambda critic, step: renew(critic, lambda: np.float64(step)),
+    ),
+    "a subclass of float": (rescaled, lambda: Gain(1), lambda critic, step: renew(critic, lambda: Gain(step))),
+    "a subclass of float in a list": (
+        lambda self, x: self.body(x) * self.gain[0],
+        lambda: [Gain(1)],
+        lambda critic, step: critic.gain.__setitem__(0, Gain(step)),
+    ),
+    "a partial function": (
+        lambda self, x: self.gain(self.body(x)),
+        lambda: functools.partial(F.leaky_relu, negative_slope=0.1),
+        lambda critic, step: renew(critic, lambda: functools.partial(F.leaky_relu, negative_slope=step / 10)),
+    ),
+    "a partial function in place": (
+        lambda self, x: self.gain(self.body(x)),
+        lambda: functools.partial(F.leaky_relu, negative_slope=0.1),
+        lambda critic, step: critic.gain.keywords.update(negative_slope=step / 10),
+    ),
+    "a set": (
+        lambda self, x: self.body(x) * sum(self.gain),
+        lambda: {1},
+        lambda critic, step: critic.gain.add(step),
+    ),
+    "a frozenset": (
+        lambda self, x: self.body(x) * sum(self.gain),
+        lambda: frozenset([1]),
+        lambda critic, step: renew(critic, lambda: frozenset([1, step])),
+    ),
+    "a queue": (
+        lambda self, x: self.body(x) * sum(self.gain),
+        lambda: collections.deque([1]),
+        lambda critic, step: critic.gain.append(step),
+    ),
+    "an array in place": (
+        lambda self, x: self.body(x) * float(self.gain[0]),
+        lambda: np.ones(2),
+        lambda critic, step: critic.gain.__setitem__(0, step),
+    ),
+    "an array in a dict in place": (
+        lambda self, x: self.body(x) * float(self.gain["a"][0]),
+        lambda: {"a": np.ones(2)},
+        lambda critic, step: critic.gain["a"].__setitem__(0, step),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_no_plan_goes_stale(name: str) -> None:
+    """By whichever engine; several steps, since what is new may lie where something lay that was made before."""
+    forward, gain, change = GAINS[name]
+    critic, x = Forward(forward, body=nn.Linear(3, 1), gain=gain()), torch.randn(4, 3)
+    assert agrees(critic, x, "auto")
+    for step in range(2, 10):
+        change(critic, step)
+        assert agrees(critic, x, "auto")
+
+
+class Settings:
+    """Compared by identity, as most objects are."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.alpha
+
+
+class Slotted:
+    __slots__ = ("alpha",)
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda: Settings(alpha=1.0), lambda cfg, step: setattr(cfg, "alpha", float(step))),
+        (lambda: Slotted(1.0), lambda cfg, step: setattr(cfg, "alpha", float(step))),
+        (lambda: types.SimpleNamespace(alpha=1.0), lambda cfg, step: setattr(cfg, "alpha", float(step))),
+        (
+            lambda: Settings(alpha=1.0, table={"a": [0]}),
+            lambda cfg, step: (cfg.table["a"].append(step), setattr(cfg, "alpha", sum(cfg.table["a"]))),
+        ),
+    ],
+    ids=["object", "slots", "namespace", "nested"],
+)
+def test_no_plan_goes_stale_by_an_argument(make: Any, change: Any, by_name: bool) -> None:
+    critic, cfg = Forward(lambda self, x, cfg: self.body(x) * cfg.alpha, body=nn.Linear(3, 1)), make()
+    x, given = torch.randn(4, 3), {}
+    for step in range(2, 9):
+        if step == 5:
+            given.clear()
+            del cfg
+            cfg = make()  # often where the one before lay
+        else:
+            change(cfg, step)
+        given = {"critic_kwargs": {"cfg": cfg}} if by_name else {"critic_args": (cfg,)}
+        assert agrees(critic, x, "auto", **given)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        lambda critic: Settings(alpha=1.0, critic=critic),
+        lambda critic: Settings(alpha=1.0, parts=[{"critic": critic}]),
+        lambda critic: lambda x: x * critic.alpha,
+        lambda critic: critic.scaled,
+        lambda critic: functools.partial(critic.scaled),
+    ],
+    ids=["object", "nested", "closure", "method", "partial function"],
+)
+def test_arguments_that_hold_the_critic_keep_it_not_alive(argument: Any) -> None:
+    class Taking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.alpha = nn.Linear(3, 1), 2.0
+
+        def scaled(self, x: Tensor) -> Tensor:
+            return x * self.alpha
+
+        def forward(self, x: Tensor, of: Any) -> Tensor:
+            return of(self.body(x))
+
+    for by_name in (False, True):
+        critic = Taking()
+        dead, of = weakref.ref(critic), argument(critic)
+        given: dict[str, Any] = {"critic_kwargs": {"of": of}} if by_name else {"critic_args": (of,)}
+        explain(critic, torch.randn(4, 3), **given)
+        for alpha in (2.0, 3.0):
+            critic.alpha = alpha
+            assert agrees(critic, torch.randn(4, 3), "auto", **given)
+        del critic, of, given
+        gc.collect()
+        assert dead() is None
+
+
 def test_a_hook_ends_a_plan() -> None:
     critic, x = mlp(), torch.randn(4, 3)
     assert agrees(critic, x)
@@ -740,3 +965,74 @@ def test_several_threads_trace_and_evaluate() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert all(itertools.chain.from_iterable(pool.map(work, critics * 2)))
     assert all(agrees(critic, x) for critic in critics)
+
+
+def while_tracing(trace: Callable[[], Any], evaluate: Callable[[], Any]) -> list[Any]:
+    """What evaluations in two threads return for as long as another traces."""
+    done = threading.Event()
+
+    def work() -> list[Any]:
+        results = [evaluate()]
+        while not done.is_set():
+            results.append(evaluate())
+        return results
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(work) for _ in range(2)]
+            try:
+                trace()
+            finally:
+                done.set()
+    finally:
+        sys.setswitchinterval(interval)
+    return [result for future in futures for result in future.result()]
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_evaluations_while_another_thread_traces_the_critic(norm: str) -> None:
+    """Computed weights are put aside for tracing, yet every evaluation has the gradients of what they come from."""
+    wrap, x = getattr(nn.utils.parametrizations, norm), torch.randn(4, 3)
+    for _ in range(4):
+        critic = nn.Sequential(wrap(nn.Linear(3, 8)), nn.SiLU(), wrap(nn.Linear(8, 1, bias=False))).eval()
+        parameters = list(critic.parameters())
+
+        def evaluate(critic: Any = critic, parameters: Any = parameters) -> tuple[Tensor | None, ...]:
+            gradient = input_gradient(critic, x)
+            return torch.autograd.grad(gradient.square().sum(), parameters, allow_unused=True)
+
+        def trace(critic: Any = critic) -> None:
+            for n in range(1, 12):
+                assert explain(critic, torch.randn(4, n, 3)).engine == "analytic"
+
+        expected = evaluate()
+        assert not any(gradient is None for gradient in expected)
+        for gradients in while_tracing(trace, evaluate):
+            assert not any(gradient is None for gradient in gradients)
+            torch.testing.assert_close(gradients, expected)
+        torch.testing.assert_close(evaluate(), expected)
+
+
+def test_evaluations_while_another_thread_traces_other_critics() -> None:
+    """The tracer watches all modules, which must not be taken for a hook of the user's."""
+    critic, x = mlp(), torch.randn(4, 3)
+    expected = input_gradient(critic, x, engine="analytic")
+
+    def trace() -> None:
+        for _ in range(40):
+            assert explain(mlp(), x).engine == "analytic"
+
+    for gradient in while_tracing(trace, lambda: input_gradient(critic, x, engine="analytic")):
+        assert torch.equal(gradient, expected)
+
+
+def test_new_critics_while_another_thread_traces_others() -> None:
+    x = torch.randn(4, 3)
+
+    def trace() -> None:
+        for _ in range(20):
+            assert explain(mlp(), x).engine == "analytic"
+
+    assert all(while_tracing(trace, lambda: agrees(mlp(), x)))

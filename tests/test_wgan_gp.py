@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -188,6 +188,27 @@ def test_one_evaluation_is_one_power_iteration(norm: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=f"step {step}")
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("p", [2.0, 3.0])
+@pytest.mark.parametrize("at", ["interpolates", "real"])
+def test_samples_without_elements(at: Any, p: float) -> None:
+    critic = nn.Sequential(nn.Linear(0, 4), nn.SiLU(), nn.Linear(4, 1)).double()
+    real, fake, mix = batches(5, 0)
+    for function in (wgan_gp_loss, wgan_ext.gradient_penalty):
+        got, expected = (
+            function(critic, real, fake, at=at, target=0.5, mix=mix, p=p, engine=engine)
+            for engine in ("auto", "autograd")
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        gradients = (
+            torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True) for loss in (got, expected)
+        )
+        for a, b in zip(*gradients, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_labels_go_with_every_batch() -> None:
     class Conditional(nn.Module):
         def __init__(self) -> None:
@@ -236,6 +257,67 @@ def test_no_grad_gives_the_value(engine: Any) -> None:
         loss = wgan_gp_loss(critic, real, fake.requires_grad_(), mix=mix, p=3.0, engine=engine)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, wgan_gp_loss(critic, real, fake.detach(), mix=mix, p=3.0).detach())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("options", [{}, {"p": 3.0}], ids=str)
+def test_a_kept_graph_is_passed_again(options: dict[str, Any], engine: Any) -> None:
+    critic, (real, fake, mix) = make_critic(smooth=True), batches(7, 6)
+    parameters = list(critic.parameters())
+    once = torch.autograd.grad(plain(critic, real, fake, 10.0, "interpolates", mix, **options), parameters)
+    loss = wgan_gp_loss(critic, real, fake, mix=mix, engine=engine, **options)
+    total = 0
+    for backward, times in (
+        (lambda: loss.backward(retain_graph=True), 1),
+        (lambda: loss.backward(retain_graph=True), 1),
+        (lambda: (loss * 3).backward(retain_graph=True), 3),
+        (lambda: (loss - 2 * loss).backward(retain_graph=True), -1),
+        (lambda: loss.backward(), 1),
+    ):
+        backward()
+        total += times
+        for parameter, gradient in zip(parameters, once, strict=True):
+            torch.testing.assert_close(parameter.grad, total * gradient, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("frozen", ["before", "after"])
+@pytest.mark.parametrize("options", [{}, {"p": 3.0}], ids=str)
+def test_half_of_the_parameters_frozen(options: dict[str, Any], frozen: str, engine: Any) -> None:
+    """Before the loss is computed, or after."""
+    critic, (real, fake, mix) = make_critic(smooth=True), batches(7, 6)
+    names = ("0.weight", "2.bias", "4.weight")
+    expected = torch.autograd.grad(
+        plain(critic, real, fake, 10.0, "interpolates", mix, **options), list(critic.parameters())
+    )
+
+    def freeze() -> None:
+        for name in names:
+            critic.get_parameter(name).requires_grad_(False)
+
+    if frozen == "before":
+        freeze()
+    loss = wgan_gp_loss(critic, real, fake, mix=mix, engine=engine, **options)
+    freeze()
+    (loss * 3).backward()
+    for (name, parameter), gradient in zip(critic.named_parameters(), expected, strict=True):
+        if name in names:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, 3 * gradient, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("options", "op"), [({}, "critic(_loss)?"), ({"p": 3.0}, "critic")], ids=str)
+def test_a_second_derivative_is_refused_by_name(options: dict[str, Any], op: str) -> None:
+    critic, (real, fake, mix) = make_critic(smooth=True), batches(7, 6)
+    parameters = list(critic.parameters())
+    loss = wgan_gp_loss(critic, real, fake, mix=mix, engine="analytic", **options)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    expected = torch.autograd.grad(plain(critic, real, fake, 10.0, "interpolates", mix, **options), parameters)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got.detach(), want, rtol=1e-11, atol=1e-11)
+    with pytest.raises(NotImplementedError, match=rf'{op} is differentiable once.*engine="autograd"'):
+        gradients[0].square().sum().backward()
 
 
 def test_fake_that_requires_grad_is_refused() -> None:
@@ -308,6 +390,36 @@ def test_compiled_training_step(kind: str, options: dict[str, Any]) -> None:
             optimizer.step()
     for a, b in zip(critic.state_dict().values(), expected.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    vector: Tensor
+
+
+class OfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 5), nn.Linear(4, 5)
+
+    def forward(self, x: Pair) -> Tensor:
+        return (self.left(x.image).tanh() * self.right(x.vector.flatten(1))).sum(1)
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+@pytest.mark.parametrize("function", ["penalty", "loss"])
+def test_compiled_steps_take_named_tuples(function: str, p: float) -> None:
+    torch._dynamo.reset()
+    critic, mix = OfPairs().double(), torch.rand(5, dtype=torch.float64)
+    real, fake = (Pair(torch.randn(5, 3).double(), torch.randn(5, 2, 2).double()) for _ in range(2))
+
+    def step(real: Pair, fake: Pair, engine: Any = "analytic") -> Tensor:
+        if function == "loss":
+            return wgan_gp_loss(critic, real, fake, mix=mix, p=p, engine=engine)
+        return wgan_ext.gradient_penalty(critic, real, fake, mix=mix, p=p, engine=engine)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(real, fake), step(real, fake, "autograd"), critic)
 
 
 class Progressive(nn.Module):
