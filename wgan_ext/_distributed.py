@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 # Compared by name, since importing them takes half a second.
 _FSDP = ("FSDPModule", "FullyShardedDataParallel")
 _DTENSOR = ("DTensor",)
+_WRAPPERS = (DistributedDataParallel, DataParallel)
 _SHARD_THE_LOSS = (
     "Shard the module that computes the whole critic loss, wgan_ext.CriticLoss(critic), and nothing inside it: its "
     "forward then reads whole parameters"
@@ -26,13 +27,8 @@ def refuse_wrapped(op: str, critic: object) -> None:
     The layers are looked at only where there is a process group, without which nothing is sharded, and not in code that
     is being compiled: torch.compile cannot follow how.
     """
-    for wrapper in (DistributedDataParallel, DataParallel):
-        if isinstance(critic, wrapper):
-            raise NotImplementedError(
-                f"{op}: the critic is wrapped in {wrapper.__name__}, which synchronises gradients in its forward; "
-                "bypassing it would train with unsynchronised gradients. Wrap wgan_ext.CriticLoss(critic) instead, or "
-                "pass the wrapper's .module and add the penalty to a loss that has forwards of the wrapper"
-            )
+    if isinstance(critic, _WRAPPERS):
+        raise NotImplementedError(f"{op}: {_wrapped('the critic', critic)}")
     _refuse_sharded(op, "the critic", critic)
     if isinstance(critic, nn.Module) and _is_initialized() and not torch.compiler.is_compiling():
         for name, module in critic.named_modules():
@@ -44,6 +40,22 @@ def refuse_wrapped(op: str, critic: object) -> None:
                     f"module around the critic is sharded and this is not in its forward, or the critic is tensor "
                     f"parallel, which is not supported. {_SHARD_THE_LOSS}"
                 )
+
+
+def wrapped_layer(critic: nn.Module) -> str:
+    """What is wrong with a layer that is wrapped in DDP or DataParallel, or an empty string."""
+    for name, module in critic.named_modules():
+        if isinstance(module, _WRAPPERS):
+            return _wrapped(f"layer {name!r} of the critic", module)
+    return ""
+
+
+def _wrapped(what: str, module: object) -> str:
+    return (
+        f"{what} is wrapped in {type(module).__name__}, which synchronises gradients in its forward; bypassing it "
+        "would train with unsynchronised gradients. Wrap wgan_ext.CriticLoss(critic) instead, or pass the wrapper's "
+        ".module and add the penalty to a loss that has forwards of the wrapper"
+    )
 
 
 def _refuse_sharded(op: str, what: str, module: object) -> None:

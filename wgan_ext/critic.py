@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _ops
 from ._checks import check_batch, check_type
-from ._distributed import guard, refuse_wrapped
+from ._distributed import guard, refuse_wrapped, wrapped_layer
 from ._transforms import engine_under_transforms, scores_and_gradients, transformed
 from .plans import compute_dtype, plan_for, read_parameters
 from .tracing import LayerPlan
@@ -130,7 +130,10 @@ def explain(
     """
     for t in tensors_of("explain", "x", x):
         check_batch("explain", "x", t)
-    trace = plan_for(_unwrap("explain", critic), x, tuple(critic_args), dict(critic_kwargs or {})).trace
+    plan = plan_for(_unwrap("explain", critic), x, tuple(critic_args), dict(critic_kwargs or {}))
+    trace = plan.trace
+    if plan.refused:
+        raise NotImplementedError(f"explain: {trace.obstacle}")
     return CriticPlan("autograd" if trace.obstacle else "analytic", trace.obstacle, trace.layers)
 
 
@@ -219,6 +222,8 @@ def evaluation(
     args, kwargs = tuple(critic_args), dict(critic_kwargs or {})
     plan = plan_for(critic, x, args, kwargs)
     trace = plan.trace
+    if plan.refused:
+        raise NotImplementedError(f"{op}: {trace.obstacle}")
     if trace.obstacle:
         if engine == "analytic":
             raise NotImplementedError(f"{op}: the analytic engine cannot take this critic: {trace.obstacle}")
@@ -271,6 +276,8 @@ def double_backward(
             "wgan_ext.explain(critic, x) says why"
         )
     critic = _unwrap(op, critic)
+    if isinstance(critic, nn.Module) and (wrapped := wrapped_layer(critic)):
+        raise NotImplementedError(f"{op}: {wrapped}")
     if isinstance(critic, nn.Module) and any(map(_couples_samples, critic.modules())):
         warnings.warn(
             f"{op}: the critic normalizes over the batch, so that the gradient at a sample takes in the scores of the "

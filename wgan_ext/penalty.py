@@ -187,13 +187,14 @@ def penalty_of(*options: Any) -> Penalty:
     """``Penalty(*options)``, which takes a while to check its options, or the one made of them before."""
     if torch.compiler.is_compiling():
         return Penalty(*options)
+    key = (*options, options[3].__class__)  # 1 equals True
     try:
-        return _made[options]
+        return _made[key]
     except (KeyError, TypeError):  # the latter if an option is of a type that it must not be
         made = Penalty(*options)
     if len(_made) >= 64:
         _made.clear()
-    _made[options] = made
+    _made[key] = made
     return made
 
 

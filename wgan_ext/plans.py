@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import _ops, lowering
+from ._distributed import wrapped_layer
 from .states import frozen, outside_variables, plain_attributes, state_of, value_of
 from .tracing import (
     WEIGHT_HOOKS,
@@ -51,6 +51,9 @@ class Plan:
     """The plain attributes of the critic's modules: path, name, value."""
     plain: list[tuple[weakref.ref[nn.Module], str]] | None = None
     """The module and name of each parameter of the trace, if all are parameters of modules: quick to read."""
+
+    refused: bool = False
+    """Whether autograd must not take the critic either."""
 
     def holds(self) -> bool:
         """Whether the modules are still there and the variables have their values."""
@@ -163,9 +166,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    for name, module in critic.named_modules():
-        if isinstance(module, (DataParallel, DistributedDataParallel)):
-            return _refusal(f"layer {name!r} is wrapped in {type(module).__name__}, which needs its own forward")
+    if wrapped := wrapped_layer(critic):
+        return dataclasses.replace(_refusal(wrapped), refused=True)
     first = tensors_in(x)[0]
     batch = first.shape[0]
     variables, blame = outside_variables(critic)

@@ -8,7 +8,7 @@ import functools
 import logging
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,7 +92,7 @@ def frozen(value: Any, depth: int = 0) -> Any:
         return _Identity(value.__func__), _Identity(value.__self__)
     if isinstance(value, dict):
         return tuple([(key, frozen(item, depth)) for key, item in value.items()]) if value else ()
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, deque)):
         return tuple([frozen(item, depth) for item in value])
     if isinstance(value, (set, frozenset)):
         return kind, frozenset([frozen(item, depth) for item in value])
@@ -104,7 +104,10 @@ def frozen(value: Any, depth: int = 0) -> Any:
         return kind, frozen(value.func, depth), frozen(value.args, depth), frozen(value.keywords, depth)
     if kind.__module__ == "numpy" and hasattr(value, "tobytes"):  # an array or a scalar
         return kind, value.shape, str(value.dtype), value.tobytes()
-    contents = getattr(value, "__dict__", None)  # of a configuration, say
+    contents = dict(getattr(value, "__dict__", {}))  # of a configuration, say
+    for slots in (base.__dict__.get("__slots__", ()) for base in kind.__mro__):
+        for name in (slots,) if isinstance(slots, str) else slots:
+            contents[name] = getattr(value, name, None)
     opaque = (nn.Module, type, types.ModuleType, types.FunctionType, logging.Logger)
     if not contents or depth == 3 or isinstance(value, opaque):
         return _Identity(value)
