@@ -170,7 +170,7 @@ def draw(exact: dict[str, Run], timed: dict[str, Run], floor: float) -> None:
         right.plot(seconds, distances, color=colour, marker=".", label=label)
     right.axhline(floor, color="tab:gray", linestyle=":", label="data against fresh data")
     right.set_yscale("log")
-    right.set_title(f"Exact distance of {POINTS} samples to fresh data, float32")
+    right.set_title(f"Distance of {POINTS} samples to fresh data, float32")
     right.set_xlabel("seconds of training")
     right.set_ylabel("Wasserstein-1 distance")
     for axes in (left, right):
