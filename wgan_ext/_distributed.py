@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 # Compared by name, since importing them takes half a second.
 _FSDP = ("FSDPModule", "FullyShardedDataParallel")
 _DTENSOR = ("DTensor",)
-_WRAPPERS = (DistributedDataParallel, DataParallel)
+WRAPPERS = (DistributedDataParallel, DataParallel)
 _SHARD_THE_LOSS = (
     "Shard the module that computes the whole critic loss, wgan_ext.CriticLoss(critic), and nothing inside it: its "
     "forward then reads whole parameters"
@@ -27,7 +27,7 @@ def refuse_wrapped(op: str, critic: object) -> None:
     The layers are looked at only where there is a process group, without which nothing is sharded, and not in code that
     is being compiled: torch.compile cannot follow how.
     """
-    if isinstance(critic, _WRAPPERS):
+    if isinstance(critic, WRAPPERS):
         raise NotImplementedError(f"{op}: {_wrapped('the critic', critic)}")
     _refuse_sharded(op, "the critic", critic)
     if isinstance(critic, nn.Module) and _is_initialized() and not torch.compiler.is_compiling():
@@ -45,7 +45,7 @@ def refuse_wrapped(op: str, critic: object) -> None:
 def wrapped_layer(critic: nn.Module) -> str:
     """What is wrong with a layer that is wrapped in DDP or DataParallel, or an empty string."""
     for name, module in critic.named_modules():
-        if isinstance(module, _WRAPPERS):
+        if isinstance(module, WRAPPERS):
             return _wrapped(f"layer {name!r} of the critic", module)
     return ""
 

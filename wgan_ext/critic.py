@@ -7,6 +7,7 @@ traced into such a chain take autograd's double backward; ``explain`` says which
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import warnings
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _ops
 from ._checks import check_batch, check_type
-from ._distributed import guard, refuse_wrapped, wrapped_layer
+from ._distributed import WRAPPERS, guard, refuse_wrapped, wrapped_layer
 from ._transforms import engine_under_transforms, scores_and_gradients, transformed
 from .plans import compute_dtype, plan_for, read_parameters
 from .tracing import LayerPlan
@@ -30,6 +31,7 @@ Engine: TypeAlias = Literal["auto", "analytic", "autograd"]
 Inputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"
 Critic: TypeAlias = Callable[..., Tensor]
 _ENGINES = get_args(Engine)
+_SUSPECTS = (_BatchNorm, *WRAPPERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,9 +278,11 @@ def double_backward(
             "wgan_ext.explain(critic, x) says why"
         )
     critic = _unwrap(op, critic)
-    if isinstance(critic, nn.Module) and (wrapped := wrapped_layer(critic)):
+    # one look at the modules, of which most are none of these
+    suspects = [m for m in critic.modules() if isinstance(m, _SUSPECTS)] if isinstance(critic, nn.Module) else []
+    if suspects and (wrapped := wrapped_layer(critic)):  # type: ignore[arg-type]
         raise NotImplementedError(f"{op}: {wrapped}")
-    if isinstance(critic, nn.Module) and any(map(_couples_samples, critic.modules())):
+    if any(map(_couples_samples, suspects)):
         warnings.warn(
             f"{op}: the critic normalizes over the batch, so that the gradient at a sample takes in the scores of the "
             "others; put BatchNorm in eval mode, or normalize each sample by itself",
@@ -310,7 +314,8 @@ def double_backward(
         check_scores(op, outputs, batch)
         device_type = points[0].device.type
         weight = batch / outputs.numel() if mean_outputs else 1.0
-        with torch.autocast(device_type, enabled=False):
+        autocast = torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
             gradients = torch.autograd.grad(
                 outputs, points, torch.full_like(outputs, weight), create_graph=create_graph, allow_unused=True
             )
