@@ -1012,7 +1012,7 @@ def assert_refused_or_finite(p: Program, mode: Mode) -> None:
     try:
         scores, gradients = evaluate(_ops.critic, p, mode, x=x, parameters=parameters)
         loss(scores, gradients).backward()
-    except Exception:
+    except Exception:  # ATen's checks raise several types; what must not be is a crash, which no handler hides
         return
     assert scores.shape == (mode.scored,)
     for t, g in zip(x, gradients, strict=True):

@@ -23,7 +23,7 @@ from ._checks import check_batch, check_type
 from ._distributed import WRAPPERS, guard, refuse_wrapped, wrapped_layer
 from ._transforms import engine_under_transforms, scores_and_gradients, transformed
 from .plans import compute_dtype, plan_for, read_parameters
-from .tracing import LayerPlan
+from .tracing import LayerPlan, couples_samples
 
 __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
 
@@ -282,7 +282,7 @@ def double_backward(
     suspects = [m for m in critic.modules() if isinstance(m, _SUSPECTS)] if isinstance(critic, nn.Module) else []
     if suspects and (wrapped := wrapped_layer(critic)):  # type: ignore[arg-type]
         raise NotImplementedError(f"{op}: {wrapped}")
-    if any(map(_couples_samples, suspects)):
+    if any(map(couples_samples, suspects)):
         warnings.warn(
             f"{op}: the critic normalizes over the batch, so that the gradient at a sample takes in the scores of the "
             "others; put BatchNorm in eval mode, or normalize each sample by itself",
@@ -354,10 +354,6 @@ def called(op: str, critic: Critic, x: Inputs, critic_args: Sequence[Any], criti
 def _first_floating(critic: Critic) -> Tensor | None:
     parameters = critic.parameters() if isinstance(critic, nn.Module) else ()
     return next((p for p in parameters if p.is_floating_point()), None)
-
-
-def _couples_samples(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def check_scores(op: str, scores: object, batch: int, *, of_input: bool = True) -> None:

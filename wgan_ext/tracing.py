@@ -147,6 +147,11 @@ def hooked(module: nn.Module) -> str:
     return ""
 
 
+def couples_samples(module: nn.Module) -> bool:
+    """Whether a module normalizes over the batch, so that each sample's output depends on the others."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
 @contextlib.contextmanager
 def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
     """Make computed weights plain attributes for a while, and leave buffers and attributes as they were.
@@ -365,7 +370,7 @@ class Recorder(TorchFunctionMode):
         if row >= 0:
             self.rows.append(LayerPlan(path, describe(module), "analytic", ""))
         self.running.append((path, module, row))
-        if not obstacle and isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        if not obstacle and couples_samples(module):
             obstacle = "normalizes over the batch"
         if not obstacle and module in self.computed and module in self.called and module.training:
             obstacle = "runs more than once, and its weight is computed anew each time"
