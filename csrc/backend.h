@@ -1,14 +1,9 @@
 // Where torch's devices meet the kernel tables: which table serves a tensor, under which device guard and stream.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "formulas.h"
 #include "simd.h"
@@ -40,21 +35,6 @@ class DeviceScope {
 #endif
   Stream stream_ = nullptr;
 };
-
-// at::empty, for results. A large one on the CPU is fresh memory at every call, and its page faults cost more than most
-// kernels (130 ms for 64 MiB, measured); huge pages make them 15 ms.
-inline at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor result = at::empty(sizes, options);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20, kLarge = 16 << 20;
-  if (result.is_cpu() && result.nbytes() >= kLarge) {
-    const auto begin = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + kHuge - 1) / kHuge * kHuge;
-    const auto end = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + result.nbytes()) / kHuge * kHuge;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it fails nothing is lost
-  }
-#endif
-  return result;
-}
 
 // The tower's kernels for the tensor's device. Table is a struct of function pointers with the static members
 // cpu(SimdLevel) and cuda() (linked only where the extension is built with CUDA), each returning a table.

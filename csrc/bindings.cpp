@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "results.h"
 #include "simd.h"
 
 namespace py = pybind11;
@@ -97,6 +98,8 @@ PYBIND11_MODULE(_C, m) {
                const Tensor&, std::string_view)>::bind(m, "sinkhorn_gradient");
   Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&, std::string_view)>::bind(
       m, "sinkhorn_weight_gradient");
+
+  m.def("empty_cache", &wgan_ext::empty_cache);
 
   // build facts
   m.attr("torch_version") = py::make_tuple(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH);

@@ -8,9 +8,12 @@
 
 namespace wgan_ext {
 
-void parallel_chunks(int64_t chunks, void (*body)(const void*, int64_t), const void* context) {
+void parallel_chunks(int64_t chunks, Order order, void (*body)(const void*, int64_t), const void* context) {
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) body(context, chunk);
+    if (order == Order::forth)
+      for (int64_t chunk = begin; chunk < end; ++chunk) body(context, chunk);
+    else
+      for (int64_t chunk = end; chunk-- > begin;) body(context, chunk);
   });
 }
 

@@ -5,14 +5,24 @@
 
 namespace wgan_ext {
 
+// The order in which a thread goes through its chunks. A pass that goes over the same data as the one before finds more
+// of it in cache if it begins where that one ended.
+enum class Order { forth, back };
+
 // Calls body(context, chunk) for every chunk in [0, chunks), on torch's intra-op threads (parallel.cpp).
-void parallel_chunks(int64_t chunks, void (*body)(const void* context, int64_t chunk), const void* context);
+void parallel_chunks(int64_t chunks, Order order, void (*body)(const void* context, int64_t chunk),
+                     const void* context);
+
+template <typename Body>
+void parallel_for(int64_t chunks, Order order, const Body& body) {
+  if (chunks == 1) return body(int64_t{0});
+  parallel_chunks(
+      chunks, order, [](const void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); }, &body);
+}
 
 template <typename Body>
 void parallel_for(int64_t chunks, const Body& body) {
-  if (chunks == 1) return body(int64_t{0});
-  parallel_chunks(
-      chunks, [](const void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); }, &body);
+  parallel_for(chunks, Order::forth, body);
 }
 
 }  // namespace wgan_ext

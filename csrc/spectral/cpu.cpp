@@ -16,8 +16,8 @@ namespace wgan_ext::spectral::WGAN_EXT_LEVEL {
 using namespace wgan_ext::WGAN_EXT_LEVEL;
 namespace {
 
-constexpr int64_t kPieces = 64;      // at most, of one pass
-constexpr int64_t kGrain = 1 << 17;  // elements of W that are worth another piece
+constexpr int64_t kPieces = 64;      // at most, of one pass; halved for as long as a piece would be smaller than a grain
+constexpr int64_t kGrain = 1 << 15;  // elements of W
 constexpr int64_t kNarrow = 64;      // rows shorter than this are handled a slab at a time
 
 WGAN_EXT_INLINE int64_t align(int64_t n) { return ceil_div(n, 16) * 16; }
@@ -26,7 +26,9 @@ WGAN_EXT_INLINE int64_t align(int64_t n) { return ceil_div(n, 16) * 16; }
 struct Cut {
   int64_t units, per_piece, pieces;
   WGAN_EXT_INLINE Cut(int64_t units, int64_t size) : units(units) {
-    per_piece = greatest(ceil_div(units, kPieces), greatest<int64_t>(1, kGrain / greatest<int64_t>(size, 1)));
+    int64_t wanted = kPieces;
+    while (wanted > 1 && units * size < wanted * kGrain) wanted /= 2;
+    per_piece = ceil_div(units, wanted);
     pieces = ceil_div(units, per_piece);
   }
   WGAN_EXT_INLINE int64_t begin(int64_t piece) const { return piece * per_piece; }
@@ -334,6 +336,10 @@ template <typename T>
 struct Pass {
   const T* weight;
   Shape shape;
+  mutable Order last = Order::back;
+
+  // The order of the next pass: it begins where the last one ended, which is still in cache.
+  Order turn() const { return last = last == Order::forth ? Order::back : Order::forth; }
 
   int64_t slab() const { return shape.rows * shape.inner; }
 
@@ -356,7 +362,7 @@ struct Pass {
       return;
     }
     const Cut cut = by_row();
-    parallel_for(cut.pieces, [&](int64_t piece) {
+    parallel_for(cut.pieces, turn(), [&](int64_t piece) {
       const int64_t begin = cut.begin(piece), n = cut.end(piece) - begin;
       T* lane = free + begin * Vec<T>::size;
       fill_zero(lane, n * Vec<T>::size);
@@ -373,7 +379,7 @@ struct Pass {
     }
     const Cut cut = by_row();
     const Partials<T> part = partials(free, shape.inner);
-    parallel_for(cut.pieces, [&](int64_t piece) {
+    parallel_for(cut.pieces, turn(), [&](int64_t piece) {
       const int64_t begin = cut.begin(piece), n = cut.end(piece) - begin;
       T* sums = part.vectors + piece * part.stride;
       fill_zero(sums, shape.inner);
@@ -387,7 +393,7 @@ struct Pass {
   T pass_by_rows(const T* v, T* t, T* s, T* free) const {
     const Cut cut = by_row();
     const Partials<T> part = partials(free, shape.inner);
-    parallel_for(cut.pieces, [&](int64_t piece) {
+    parallel_for(cut.pieces, turn(), [&](int64_t piece) {
       constexpr int64_t kBlock = 8;
       T lane[kBlock * Vec<T>::size], scaled[kBlock];
       T* sums = part.vectors + piece * part.stride;
@@ -419,7 +425,7 @@ struct Pass {
     T* spread_u = part.vectors + cut.pieces * part.stride;
     T* all_sums = spread_u + align(slab());
     if (u && is_narrow) spread(u, shape, spread_u);
-    parallel_for(cut.pieces, [&](int64_t piece) {
+    parallel_for(cut.pieces, turn(), [&](int64_t piece) {
       T* sums = all_sums + piece * sums_size();
       if (t) fill_zero(sums, sums_size());
       const auto add = [&](const T* a, int64_t width, const T* vector) {
@@ -542,7 +548,7 @@ void normalize(const T* weight, Shape shape, const T* u0, const T* v0, int64_t i
   *sigma = static_cast<T>(found);
   const T factor = static_cast<T>(1 / found);
   const Cut cut(ceil_div(elements(shape), 4096), 4096);
-  parallel_for(cut.pieces, [&](int64_t piece) {
+  parallel_for(cut.pieces, iteration.pass.turn(), [&](int64_t piece) {
     const int64_t begin = cut.begin(piece) * 4096, end = least(cut.end(piece) * 4096, elements(shape));
     if (past_caches<T>(elements(shape)))
       multiply_past_caches(weight + begin, end - begin, factor, normalized + begin);
@@ -576,9 +582,10 @@ void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, 
   }
   const double inverse = 1 / static_cast<double>(*sigma);
   double coefficient = grad_sigma ? *grad_sigma : 0;
+  const Pass<T> pass{weight, shape};
   if (grad) {
     const Cut cut(ceil_div(elements(shape), 4096), 4096);
-    parallel_for(cut.pieces, [&](int64_t piece) {
+    parallel_for(cut.pieces, pass.turn(), [&](int64_t piece) {
       const int64_t begin = cut.begin(piece) * 4096, end = least(cut.end(piece) * 4096, elements(shape));
       scratch[piece] = static_cast<T>(dot(grad + begin, weight + begin, end - begin) * inverse);
     });
@@ -587,14 +594,13 @@ void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, 
     coefficient -= total * inverse;
   }
   const T a = static_cast<T>(inverse);
-  const Pass<T> pass{weight, shape};
   if (narrow(shape)) {
     const Slab<T> run(shape);
     T* spread_u = scratch;
     spread(u, shape, spread_u);
     multiply(spread_u, pass.slab(), static_cast<T>(coefficient), spread_u);
     const Cut cut = pass.by_slab();
-    parallel_for(cut.pieces, [&](int64_t piece) {
+    parallel_for(cut.pieces, pass.turn(), [&](int64_t piece) {
       for (int64_t o = cut.begin(piece); o < cut.end(piece); ++o)
         slab_outer(grad ? grad + o * pass.slab() : nullptr, a, run, spread_u, v + o * shape.inner,
                    grad_weight + o * pass.slab());
@@ -603,7 +609,7 @@ void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, 
   }
   const bool past = past_caches<T>(elements(shape)) && shape.inner % Vec<T>::size == 0;
   const Cut cut(shape.outer * shape.rows, shape.inner);
-  parallel_for(cut.pieces, [&](int64_t piece) {
+  parallel_for(cut.pieces, pass.turn(), [&](int64_t piece) {
     for (int64_t row = cut.begin(piece); row < cut.end(piece); ++row) {
       const T b = static_cast<T>(coefficient * u[row % shape.rows]);
       const T* g = grad ? grad + row * shape.inner : nullptr;

@@ -15,6 +15,7 @@
 
 #include "../backend.h"
 #include "../checks.h"
+#include "../results.h"
 #include "kernels.h"
 
 namespace wgan_ext::spectral {

@@ -3,7 +3,7 @@
 
 namespace wgan_ext {
 
-void parallel_chunks(int64_t chunks, void (*body)(const void*, int64_t), const void* context) {
+void parallel_chunks(int64_t chunks, Order, void (*body)(const void*, int64_t), const void* context) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk);
 }
 
