@@ -25,9 +25,9 @@ WGAN_EXT_INLINE int64_t align(int64_t n) { return ceil_div(n, 16) * 16; }
 // `units` units of work of `size` elements each, cut into pieces.
 struct Cut {
   int64_t units, per_piece, pieces;
-  WGAN_EXT_INLINE Cut(int64_t units, int64_t size) : units(units) {
+  WGAN_EXT_INLINE Cut(int64_t units, int64_t size, int64_t at_least = 1) : units(units) {
     int64_t wanted = kPieces;
-    while (wanted > 1 && units * size < wanted * kGrain) wanted /= 2;
+    while (wanted > 1 && (units * size < wanted * kGrain || units < wanted * at_least)) wanted /= 2;
     per_piece = ceil_div(units, wanted);
     pieces = ceil_div(units, per_piece);
   }
@@ -345,7 +345,7 @@ struct Pass {
 
   // The pieces of each pass, and what one sums up t in before it is summed over lanes or gathered.
   Cut by_slab() const { return Cut(shape.outer, slab()); }
-  Cut by_row() const { return Cut(shape.rows, shape.inner); }
+  Cut by_row() const { return Cut(shape.rows, shape.inner, 32); }  // each has a vector of sums: 1/32 of its rows
   int64_t sums_size() const { return align(narrow(shape) ? slab() : shape.rows * Vec<T>::size); }
 
   int64_t free_size() const {
