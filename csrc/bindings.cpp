@@ -61,9 +61,12 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("critic_loss(Tensor[] x, Tensor[] parameters, int[] program, float[] scalars, bool mean_outputs, int real, int scored, int first, int count, ScalarType compute_dtype, bool channels_last, float weight, float target, bool one_sided, float power) -> (Tensor loss, Tensor penalty, Tensor scores, Tensor norms)");
   m.def("critic_loss_forward(Tensor[] x, Tensor[] parameters, int[] program, float[] scalars, bool mean_outputs, int real, int scored, int first, int count, ScalarType compute_dtype, bool channels_last, float weight, float target, bool one_sided, float power, int[] wanted) -> (Tensor loss, Tensor penalty, Tensor scores, Tensor norms, Tensor[] gradients)");
   // spectral
-  m.def("spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor weight, Tensor u, Tensor v, Tensor sigma)");
-  m.def("spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim) -> Tensor");
-  m.def("spectral_norm_store_(Tensor(a!) u, Tensor(b!) v, Tensor new_u, Tensor new_v) -> ()");
+  m.def("spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first, float target, bool shrink_only) -> (Tensor weight, Tensor u, Tensor v, Tensor sigma)");
+  m.def("spectral_norm_group(Tensor[] weight, Tensor[] u, Tensor[] v, int[] dim, int[] n_power_iterations, float[] eps, int[] v_first, float[] target, int[] shrink_only) -> (Tensor[] weight, Tensor[] u, Tensor[] v, Tensor[] sigma)");
+  m.def("spectral_norm_sigma(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor u, Tensor v, Tensor sigma)");
+  m.def("spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim, float target, bool shrink_only) -> Tensor");
+  m.def("spectral_norm_(Tensor weight, Tensor(a!) u, Tensor(b!) v, int dim, int n_power_iterations, float eps, bool v_first, float target, bool shrink_only) -> Tensor");
+  m.def("spectral_norm_group_(Tensor[] weight, Tensor(a!)[] u, Tensor(b!)[] v, int[] dim, int[] n_power_iterations, float[] eps, int[] v_first, float[] target, int[] shrink_only) -> Tensor[]");
   // sinkhorn
   m.def("sinkhorn(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
   m.def("sinkhorn_divergence(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation) -> (Tensor value, Tensor f, Tensor g, Tensor self_x, Tensor self_y, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
@@ -81,11 +84,21 @@ PYBIND11_MODULE(_C, m) {
       at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool, int64_t, int64_t, int64_t, int64_t,
       at::ScalarType, bool, double, double, bool, double)>::bind(m, "critic_loss");
   // spectral
+  using Integers = at::IntArrayRef;
+  using Floats = at::ArrayRef<double>;
   Entry<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
-                                                   double, bool)>::bind(m, "spectral_norm");
+                                                   double, bool, double, bool)>::bind(m, "spectral_norm");
+  Entry<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double,
+                                           bool)>::bind(m, "spectral_norm_sigma");
   Entry<Tensor(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
-               const Tensor&, int64_t)>::bind(m, "spectral_norm_backward");
-  Entry<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>::bind(m, "spectral_norm_store_");
+               const Tensor&, int64_t, double, bool)>::bind(m, "spectral_norm_backward");
+  Entry<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, bool, double, bool)>::bind(
+      m, "spectral_norm_");
+  using Group = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
+  Entry<Group(at::TensorList, at::TensorList, at::TensorList, Integers, Integers, Floats, Integers, Floats,
+              Integers)>::bind(m, "spectral_norm_group");
+  Entry<std::vector<Tensor>(at::TensorList, at::TensorList, at::TensorList, Integers, Integers, Floats, Integers,
+                            Floats, Integers)>::bind(m, "spectral_norm_group_");
   // sinkhorn
   using OptionalTensor = const std::optional<Tensor>&;
   using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

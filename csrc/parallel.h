@@ -25,4 +25,14 @@ void parallel_for(int64_t chunks, const Body& body) {
   parallel_for(chunks, Order::forth, body);
 }
 
+// Calls body(context, item) for every item in [0, items), each by the next thread that is free: for items of different
+// sizes, the largest first. What an item does in parallel is done by its one thread.
+void parallel_queue(int64_t items, void (*body)(const void* context, int64_t item), const void* context);
+
+template <typename Body>
+void parallel_each(int64_t items, const Body& body) {
+  parallel_queue(
+      items, [](const void* context, int64_t item) { (*static_cast<const Body*>(context))(item); }, &body);
+}
+
 }  // namespace wgan_ext

@@ -38,12 +38,63 @@ def critic_loss(
 
 # spectral
 def spectral_norm(
-    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    dim: int,
+    n_power_iterations: int,
+    eps: float,
+    v_first: bool,
+    target: float,
+    shrink_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def spectral_norm_backward(
-    grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int
+def spectral_norm_(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    dim: int,
+    n_power_iterations: int,
+    eps: float,
+    v_first: bool,
+    target: float,
+    shrink_only: bool,
 ) -> Tensor: ...
-def spectral_norm_store_(u: Tensor, v: Tensor, new_u: Tensor, new_v: Tensor) -> None: ...
+def spectral_norm_group(
+    weight: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    dim: Sequence[int],
+    n_power_iterations: Sequence[int],
+    eps: Sequence[float],
+    v_first: Sequence[int],
+    target: Sequence[float],
+    shrink_only: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]: ...
+def spectral_norm_group_(
+    weight: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    dim: Sequence[int],
+    n_power_iterations: Sequence[int],
+    eps: Sequence[float],
+    v_first: Sequence[int],
+    target: Sequence[float],
+    shrink_only: Sequence[int],
+) -> list[Tensor]: ...
+def spectral_norm_sigma(
+    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def spectral_norm_backward(
+    grad: Tensor | None,
+    grad_sigma: Tensor | None,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    dim: int,
+    target: float,
+    shrink_only: bool,
+) -> Tensor: ...
 
 # sinkhorn
 def sinkhorn(

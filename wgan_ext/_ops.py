@@ -119,23 +119,38 @@ critic_loss = _operator("critic_loss")
 
 # spectral
 
+# (weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only) -> (weight, u, v, sigma): see
+# reference.spectral_norm; eps stands in for a sigma of exactly 0. The group takes a list for each argument and does all
+# weights in one call of the kernels, _sigma leaves the weight out, and those that end in _ update u and v in place
+# and return the weight alone.
 spectral_norm = _operator("spectral_norm")
+spectral_norm_group = _operator("spectral_norm_group")
+spectral_norm_sigma = _operator("spectral_norm_sigma")
 spectral_norm_backward = _operator("spectral_norm_backward")
-spectral_norm_store_ = _operator("spectral_norm_store_")
+spectral_norm_ = _operator("spectral_norm_")
+spectral_norm_group_ = _operator("spectral_norm_group_")
 
 
-@torch.library.register_fake("wgan_ext::spectral_norm")
-def _(
-    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_register_fake("wgan_ext::spectral_norm")
+def _(weight: Tensor, u: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sigma = weight.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32))
     return torch.empty_like(weight), torch.empty_like(u), torch.empty_like(v), sigma
 
 
-@torch.library.register_fake("wgan_ext::spectral_norm_backward")
-def _(
-    grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int
-) -> Tensor:
+@_register_fake("wgan_ext::spectral_norm_group")
+def _(weight: list[Tensor], u: list[Tensor], v: list[Tensor], *options: Any) -> tuple[list[Tensor], ...]:
+    sigmas = [w.new_empty((), dtype=torch.promote_types(w.dtype, torch.float32)) for w in weight]
+    return (*([torch.empty_like(t) for t in tensors] for tensors in (weight, u, v)), sigmas)
+
+
+@_register_fake("wgan_ext::spectral_norm_sigma")
+def _(weight: Tensor, u: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    sigma = weight.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32))
+    return torch.empty_like(u), torch.empty_like(v), sigma
+
+
+@_register_fake("wgan_ext::spectral_norm_backward")
+def _(grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(weight)
 
 

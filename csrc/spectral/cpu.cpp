@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kPieces = 64;      // at most, of one pass; halved for as long as a piece would be smaller than a grain
 constexpr int64_t kGrain = 1 << 15;  // elements of W
+constexpr int64_t kShared = 1 << 18; // elements of W from which all threads work on it
 constexpr int64_t kNarrow = 64;      // rows shorter than this are handled a slab at a time
 
 WGAN_EXT_INLINE int64_t align(int64_t n) { return ceil_div(n, 16) * 16; }
@@ -517,43 +518,65 @@ struct Iteration {
   }
 };
 
-// A weight stored by columns ([outer, rows, 1]) is the transposed matrix stored by rows.
-bool is_transposed(Shape s) { return s.inner == 1 && s.outer > 1; }
-Shape transposed(Shape s) { return {1, s.outer, s.rows}; }
-
 template <typename T>
-int64_t scratch(Shape shape) {
-  if (is_transposed(shape)) shape = transposed(shape);
-  return align(shape.rows) + align(columns(shape)) + Pass<T>{nullptr, shape}.free_size();
+int64_t scratch_of(Shape shape) {
+  shape = by_rows(shape);
+  return align(shape.rows) + align(columns(shape)) + align(Pass<T>{nullptr, shape}.free_size());
 }
 
 template <typename T>
-void normalize(const T* weight, Shape shape, const T* u0, const T* v0, int64_t iterations, bool v_first, double eps,
-               T* normalized, T* u, T* v, T* sigma, T* scratch, Stream stream) {
-  if (is_transposed(shape)) {
-    normalize(weight, transposed(shape), v0, u0, iterations, !v_first, eps, normalized, v, u, sigma, scratch, stream);
-    return;
-  }
-  copy(u0, shape.rows, u);
-  copy(v0, columns(shape), v);
+int64_t scratch(const Shape* shapes, int64_t count) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += scratch_of<T>(shapes[i]);
+  return total;
+}
+
+template <typename T>
+void normalize_one(const Job<T>& given, T* scratch) {
+  const Job<T> job = by_rows(given);
+  const Shape shape = job.shape;
+  copy(job.u0, shape.rows, job.u);
+  copy(job.v0, columns(shape), job.v);
   T *t = scratch, *s = t + align(shape.rows), *free = s + align(columns(shape));
-  const Iteration<T> iteration{{weight, shape}, u, v, t, s, free};
+  const Iteration<T> iteration{{job.weight, shape}, job.u, job.v, t, s, free};
   double found = 0;
-  if (iterations == 0) {
-    iteration.pass.product(v, t, free);
-    found = dot(u, t, shape.rows);
+  if (job.iterations == 0) {
+    iteration.pass.product(job.v, t, free);
+    found = dot(job.u, t, shape.rows);
   }
-  for (int64_t i = 0; i < iterations; ++i) found = v_first ? iteration.v_then_u() : iteration.u_then_v();
-  if (found == 0) found = eps;
-  *sigma = static_cast<T>(found);
-  const T factor = static_cast<T>(1 / found);
+  for (int64_t i = 0; i < job.iterations; ++i) found = job.v_first ? iteration.v_then_u() : iteration.u_then_v();
+  if (found == 0) found = job.eps;
+  *job.sigma = static_cast<T>(found);
+  if (!job.normalized) return;
+  const T factor = static_cast<T>(1 / divisor(job.target, found));
   const Cut cut(ceil_div(elements(shape), 4096), 4096);
   parallel_for(cut.pieces, iteration.pass.turn(), [&](int64_t piece) {
     const int64_t begin = cut.begin(piece) * 4096, end = least(cut.end(piece) * 4096, elements(shape));
     if (past_caches<T>(elements(shape)))
-      multiply_past_caches(weight + begin, end - begin, factor, normalized + begin);
+      multiply_past_caches(job.weight + begin, end - begin, factor, job.normalized + begin);
     else
-      multiply(weight + begin, end - begin, factor, normalized + begin);
+      multiply(job.weight + begin, end - begin, factor, job.normalized + begin);
+  });
+}
+
+// All threads share a weight that is large or more than half of what is left; of the others, which then stay in the
+// cache of one core from the first pass to the last, each has one thread.
+template <typename T>
+void normalize(const Job<T>* jobs, int64_t count, T* scratch, Stream) {
+  int64_t rest = 0;
+  for (int64_t i = 0; i < count; ++i) rest += elements(jobs[i].shape);
+  for (; count > 0; ++jobs, --count) {
+    const int64_t size = elements(jobs->shape);
+    if (size < kShared && 2 * size <= rest) break;
+    normalize_one(*jobs, scratch);
+    scratch += scratch_of<T>(jobs->shape);
+    rest -= size;
+  }
+  if (count == 0) return;
+  parallel_each(count, [&](int64_t i) {
+    T* own = scratch;
+    for (int64_t k = 0; k < i; ++k) own += scratch_of<T>(jobs[k].shape);
+    normalize_one(jobs[i], own);
   });
 }
 
@@ -575,15 +598,15 @@ WGAN_EXT_INLINE void add_outer(const T* grad, T a, T b, const T* v, int64_t n, T
 
 template <typename T>
 void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, const T* u, const T* v, const T* sigma,
-              T* grad_weight, T* scratch, Stream stream) {
+              Target target, T* grad_weight, T* scratch, Stream stream) {
   if (is_transposed(shape)) {
-    backward(grad, grad_sigma, weight, transposed(shape), v, u, sigma, grad_weight, scratch, stream);
+    backward(grad, grad_sigma, weight, by_rows(shape), v, u, sigma, target, grad_weight, scratch, stream);
     return;
   }
-  const double inverse = 1 / static_cast<double>(*sigma);
+  const double inverse = 1 / divisor(target, *sigma);
   double coefficient = grad_sigma ? *grad_sigma : 0;
   const Pass<T> pass{weight, shape};
-  if (grad) {
+  if (grad && is_active(target, *sigma)) {
     const Cut cut(ceil_div(elements(shape), 4096), 4096);
     parallel_for(cut.pieces, pass.turn(), [&](int64_t piece) {
       const int64_t begin = cut.begin(piece) * 4096, end = least(cut.end(piece) * 4096, elements(shape));
@@ -591,7 +614,7 @@ void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, 
     });
     double total = 0;
     for (int64_t piece = 0; piece < cut.pieces; ++piece) total += scratch[piece];
-    coefficient -= total * inverse;
+    coefficient -= total * inverse / target.norm;
   }
   const T a = static_cast<T>(inverse);
   if (narrow(shape)) {

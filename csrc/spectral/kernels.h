@@ -18,23 +18,59 @@ struct Shape {
 WGAN_EXT_FORMULA int64_t columns(Shape s) { return s.outer * s.inner; }
 WGAN_EXT_FORMULA int64_t elements(Shape s) { return s.outer * s.rows * s.inner; }
 
+// The norm that a weight is given; with shrink_only a weight whose norm is less stays as it is.
+struct Target {
+  double norm;
+  bool shrink_only;
+};
+
+WGAN_EXT_FORMULA bool is_active(Target target, double sigma) { return !(target.shrink_only && sigma <= target.norm); }
+
+WGAN_EXT_FORMULA double divisor(Target target, double sigma) {
+  return is_active(target, sigma) ? sigma / target.norm : 1.0;
+}
+
+// One weight to normalize. From u0 [rows] and v0 [columns] `iterations` power iterations are made, each v = N(W^T u),
+// u = N(W v) if v_first, else u = N(W v), v = N(W^T u); N(x) is x / |x|, or the vector as it was where |x| is zero or not
+// finite. Written are u, v, sigma = u . (W v) (a scalar, eps where it is exactly 0), and unless it is null normalized =
+// W / divisor(sigma), in the shape of W.
+template <typename T>
+struct Job {
+  const T* weight;
+  Shape shape;
+  const T *u0, *v0;
+  int64_t iterations;
+  bool v_first;
+  double eps;
+  Target target;
+  T *normalized, *u, *v, *sigma;
+};
+
+// A weight stored by columns ([outer, rows, 1]) is the transposed matrix stored by rows.
+WGAN_EXT_FORMULA bool is_transposed(Shape s) { return s.inner == 1 && s.outer > 1; }
+WGAN_EXT_FORMULA Shape by_rows(Shape s) { return is_transposed(s) ? Shape{1, s.outer, s.rows} : s; }
+
+template <typename T>
+WGAN_EXT_FORMULA Job<T> by_rows(Job<T> job) {
+  if (!is_transposed(job.shape)) return job;
+  return {job.weight, by_rows(job.shape), job.v0,     job.u0,         job.iterations, !job.v_first,
+          job.eps,    job.target,         job.normalized, job.v, job.u, job.sigma};
+}
+
 template <typename T>
 struct Kernels {
-  // Elements of T that `normalize` and `backward` need as scratch, aligned to 64 bytes, contents arbitrary.
-  int64_t (*scratch)(Shape);
+  // Elements of T that the calls below need as scratch for weights of these shapes, aligned to 64 bytes, contents
+  // arbitrary.
+  int64_t (*scratch)(const Shape* shapes, int64_t count);
 
-  // From u0 [rows] and v0 [columns] makes `iterations` power iterations, each v = N(W^T u), u = N(W v) if v_first, else
-  // u = N(W v), v = N(W^T u); writes u, v, sigma = u . (W v) (a scalar) and normalized = W / sigma (the shape of
-  // weight). N(x) is x / |x|, or the vector as it was where |x| is zero or not finite. A sigma of exactly 0 is replaced
-  // by eps.
-  void (*normalize)(const T* weight, Shape, const T* u0, const T* v0, int64_t iterations, bool v_first, double eps,
-                    T* normalized, T* u, T* v, T* sigma, T* scratch, Stream);
+  // Normalizes each of the weights, which are sorted by falling size.
+  void (*normalize)(const Job<T>* jobs, int64_t count, T* scratch, Stream);
 
   // With u and v constant, the gradient by W of normalized and sigma together:
-  //   grad / sigma + (grad_sigma - <grad, W> / sigma^2) u v^T
+  //   grad / d + (grad_sigma - d' <grad, W> / d^2) u v^T, where d = divisor(sigma) and d' its derivative
   // grad [the shape of weight] or grad_sigma (a scalar) may be null, which means zero.
   void (*backward)(const T* grad, const T* grad_sigma, const T* weight, Shape, const T* u, const T* v, const T* sigma,
-                   T* grad_weight, T* scratch, Stream);
+                   Target, T* grad_weight, T* scratch, Stream);
 
   static const Kernels& cpu(SimdLevel level);
   static const Kernels& cuda();

@@ -1,17 +1,30 @@
-// The operators spectral_norm and spectral_norm_backward: checks, allocation, choice of kernels, derivatives.
+// The operators of spectral normalization: checks, allocation, choice of kernels, derivatives.
+//
+//   spectral_norm           W / divisor(sigma), u, v and sigma of a weight
+//   spectral_norm_group     the same of several weights, in one call of the kernels
+//   spectral_norm_sigma     u, v and sigma alone
+//   spectral_norm_backward  the gradient of all of them
+//   spectral_norm_, spectral_norm_group_   W / divisor(sigma), with u and v updated in place
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../backend.h"
 #include "../checks.h"
@@ -25,6 +38,8 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // weight, u, v, sigma
+using Found = std::tuple<Tensor, Tensor, Tensor>;               // u, v, sigma
+using NormalizedGroup = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
 
 constexpr const char* kForward = "spectral_norm";
 constexpr const char* kBackward = "spectral_norm_backward";
@@ -73,46 +88,157 @@ Tensor in_layout_of(const Tensor& like, const Tensor& result) {
   return out;
 }
 
-Normalized forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t n_power_iterations,
-                   double eps, bool v_first) {
-  check_floating(kForward, "weight", weight);
-  const Shape shape = matrix(kForward, weight, dim);
-  check_vector(kForward, "u", u, shape.rows, weight);
-  check_vector(kForward, "v", v, columns(shape), weight);
-  TORCH_CHECK_VALUE(n_power_iterations >= 0, kForward, ": n_power_iterations must not be negative, got ",
-                    n_power_iterations);
-  TORCH_CHECK_VALUE(eps >= 0, kForward, ": eps must not be negative, got ", eps);
+void check_target(const char* op, double norm) {
+  TORCH_CHECK_VALUE(norm > 0, op, ": target must be positive, got ", norm);
+}
 
-  const DeviceScope scope(weight);
-  const at::ScalarType type = compute_type(weight);
-  const auto options = weight.options().dtype(type);
-  Tensor normalized = empty_result(weight.sizes(), options), new_u = at::empty(u.sizes(), options);
-  Tensor new_v = at::empty(v.sizes(), options), sigma = at::empty({}, options);
-  if (elements(shape) == 0) {
-    sigma.fill_(eps);
-    return {in_layout_of(weight, normalized), u.clone(), v.clone(), sigma};
+// What is asked for one weight.
+struct Request {
+  const Tensor &weight, &u, &v;
+  int64_t dim, n_power_iterations;
+  double eps;
+  bool v_first;
+  Target target;
+
+  Shape check() const {
+    check_floating(kForward, "weight", weight);
+    const Shape shape = matrix(kForward, weight, dim);
+    check_vector(kForward, "u", u, shape.rows, weight);
+    check_vector(kForward, "v", v, columns(shape), weight);
+    TORCH_CHECK_VALUE(n_power_iterations >= 0, kForward, ": n_power_iterations must not be negative, got ",
+                      n_power_iterations);
+    TORCH_CHECK_VALUE(eps >= 0, kForward, ": eps must not be negative, got ", eps);
+    check_target(kForward, target.norm);
+    return shape;
   }
-  with_type(type, [&](auto zero) {
-    using T = decltype(zero);
-    const auto& kernels = kernels_for<Kernels<T>>(kForward, weight);
-    const Tensor w = operand(weight, type), u0 = operand(u, type), v0 = operand(v, type);
-    const Tensor scratch = at::empty({kernels.scratch(shape)}, options);
-    kernels.normalize(w.const_data_ptr<T>(), shape, u0.const_data_ptr<T>(), v0.const_data_ptr<T>(), n_power_iterations,
-                      v_first, eps, normalized.mutable_data_ptr<T>(), new_u.mutable_data_ptr<T>(),
-                      new_v.mutable_data_ptr<T>(), sigma.mutable_data_ptr<T>(), scratch.mutable_data_ptr<T>(),
-                      scope.stream());
-  });
-  return {in_layout_of(weight, normalized), in_layout_of(u, new_u), in_layout_of(v, new_v), sigma};
+};
+
+// The tensors of one job, in the type that the kernels compute in.
+struct Work {
+  Shape shape;
+  Tensor weight, u0, v0, normalized, u, v, sigma;
+
+  Work(const Request& request, bool with_normalized) : shape(request.check()) {
+    const at::ScalarType type = compute_type(request.weight);
+    const auto options = request.weight.options().dtype(type);
+    weight = operand(request.weight, type);
+    u0 = operand(request.u, type);
+    v0 = operand(request.v, type);
+    if (with_normalized) normalized = empty_result(weight.sizes(), options);
+    u = at::empty(u0.sizes(), options);
+    v = at::empty(v0.sizes(), options);
+    sigma = at::empty({}, options);
+  }
+
+  template <typename T>
+  Job<T> job(const Request& request) const {
+    return {weight.const_data_ptr<T>(),
+            shape,
+            u0.const_data_ptr<T>(),
+            v0.const_data_ptr<T>(),
+            request.n_power_iterations,
+            request.v_first,
+            request.eps,
+            request.target,
+            normalized.defined() ? normalized.mutable_data_ptr<T>() : nullptr,
+            u.mutable_data_ptr<T>(),
+            v.mutable_data_ptr<T>(),
+            sigma.mutable_data_ptr<T>()};
+  }
+
+  // As the caller wants them.
+  Normalized results(const Request& request) const {
+    return {normalized.defined() ? in_layout_of(request.weight, normalized) : Tensor(), in_layout_of(request.u, u),
+            in_layout_of(request.v, v), sigma};
+  }
+};
+
+template <typename T>
+void run(const std::vector<Request>& requests, const std::vector<Work>& works) {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < works.size(); ++i)
+    if (works[i].weight.numel() > 0 && works[i].weight.scalar_type() == c10::CppTypeToScalarType<T>::value)
+      order.push_back(i);
+  if (order.empty()) return;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return elements(works[a].shape) > elements(works[b].shape); });
+  std::vector<Job<T>> jobs;
+  std::vector<Shape> shapes;
+  for (const size_t i : order) {
+    jobs.push_back(works[i].template job<T>(requests[i]));
+    shapes.push_back(works[i].shape);
+  }
+  const Tensor& first = works[order[0]].weight;
+  const auto& kernels = kernels_for<Kernels<T>>(kForward, first);
+  const auto count = static_cast<int64_t>(jobs.size());
+  const Tensor scratch = at::empty({kernels.scratch(shapes.data(), count)}, first.options());
+  kernels.normalize(jobs.data(), count, scratch.mutable_data_ptr<T>(), DeviceScope(first).stream());
+}
+
+std::vector<Work> run_all(const std::vector<Request>& requests, bool with_normalized) {
+  std::vector<Work> works;
+  works.reserve(requests.size());
+  for (const Request& request : requests) works.emplace_back(request, with_normalized);
+  const DeviceScope scope(requests[0].weight);
+  run<float>(requests, works);
+  run<double>(requests, works);
+  for (size_t i = 0; i < works.size(); ++i)
+    if (works[i].weight.numel() == 0) {
+      works[i].u.copy_(works[i].u0);
+      works[i].v.copy_(works[i].v0);
+      works[i].sigma.fill_(requests[i].eps);
+    }
+  return works;
+}
+
+Normalized forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t n_power_iterations,
+                   double eps, bool v_first, double target, bool shrink_only) {
+  const std::vector<Request> one{{weight, u, v, dim, n_power_iterations, eps, v_first, {target, shrink_only}}};
+  return run_all(one, true)[0].results(one[0]);
+}
+
+Found forward_sigma(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t n_power_iterations,
+                    double eps, bool v_first) {
+  const std::vector<Request> one{{weight, u, v, dim, n_power_iterations, eps, v_first, {1, false}}};
+  auto [none, new_u, new_v, sigma] = run_all(one, false)[0].results(one[0]);
+  return {new_u, new_v, sigma};
+}
+
+NormalizedGroup forward_group(at::TensorList weight, at::TensorList u, at::TensorList v, at::IntArrayRef dim,
+                              at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps, at::IntArrayRef v_first,
+                              at::ArrayRef<double> target, at::IntArrayRef shrink_only) {
+  const size_t count = weight.size();
+  TORCH_CHECK_VALUE(count > 0, kForward, ": weight must hold at least one tensor, got none");
+  for (const size_t size : {u.size(), v.size(), dim.size(), n_power_iterations.size(), eps.size(), v_first.size(),
+                            target.size(), shrink_only.size()})
+    TORCH_CHECK_VALUE(size == count, kForward, ": every list must have the length of weight (", count, "), got ", size);
+  std::vector<Request> requests;
+  for (size_t i = 0; i < count; ++i) {
+    check_same_device(kForward, "weight", weight[i], "the first weight", weight[0]);
+    requests.push_back({weight[i], u[i], v[i], dim[i], n_power_iterations[i], eps[i], v_first[i] != 0,
+                        {target[i], shrink_only[i] != 0}});
+  }
+  const std::vector<Work> works = run_all(requests, true);
+  NormalizedGroup group;
+  for (size_t i = 0; i < count; ++i) {
+    auto [normalized, new_u, new_v, sigma] = works[i].results(requests[i]);
+    std::get<0>(group).push_back(normalized);
+    std::get<1>(group).push_back(new_u);
+    std::get<2>(group).push_back(new_v);
+    std::get<3>(group).push_back(sigma);
+  }
+  return group;
 }
 
 Tensor backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_sigma, const Tensor& weight,
-                const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim) {
+                const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim, double target, bool shrink_only) {
   check_floating(kBackward, "weight", weight);
   const Shape shape = matrix(kBackward, weight, dim);
   check_vector(kBackward, "u", u, shape.rows, weight);
   check_vector(kBackward, "v", v, columns(shape), weight);
   check_shape(kBackward, "sigma", sigma, {});
   check_same_device(kBackward, "sigma", sigma, "weight", weight);
+  check_target(kBackward, target);
   if (grad) {
     check_shape(kBackward, "grad", *grad, weight.sizes());
     check_same_dtype(kBackward, "grad", *grad, "weight", weight);
@@ -133,10 +259,10 @@ Tensor backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& 
     const auto& kernels = kernels_for<Kernels<T>>(kBackward, weight);
     const Tensor w = operand(weight, type), u0 = operand(u, type), v0 = operand(v, type), s = operand(sigma, type);
     const Tensor g = grad ? operand(*grad, type) : Tensor(), gs = grad_sigma ? operand(*grad_sigma, type) : Tensor();
-    const Tensor scratch = at::empty({kernels.scratch(shape)}, options);
+    const Tensor scratch = at::empty({kernels.scratch(&shape, 1)}, options);
     kernels.backward(grad ? g.const_data_ptr<T>() : nullptr, grad_sigma ? gs.const_data_ptr<T>() : nullptr,
                      w.const_data_ptr<T>(), shape, u0.const_data_ptr<T>(), v0.const_data_ptr<T>(),
-                     s.const_data_ptr<T>(), grad_weight.mutable_data_ptr<T>(), scratch.mutable_data_ptr<T>(),
+                     s.const_data_ptr<T>(), {target, shrink_only}, grad_weight.mutable_data_ptr<T>(), scratch.mutable_data_ptr<T>(),
                      scope.stream());
   });
   return in_layout_of(weight, grad_weight);
@@ -144,19 +270,16 @@ Tensor backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& 
 
 // ---- derivatives
 
-Normalized call_forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t n_power_iterations,
-                        double eps, bool v_first) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("wgan_ext::spectral_norm", "").typed<decltype(forward)>();
-  return op.call(weight, u, v, dim, n_power_iterations, eps, v_first);
+template <typename Signature>
+auto operator_called(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 Tensor call_backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_sigma, const Tensor& weight,
-                     const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("wgan_ext::spectral_norm_backward", "")
-                             .typed<decltype(backward)>();
-  return op.call(grad, grad_sigma, weight, u, v, sigma, dim);
+                     const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim, double target,
+                     bool shrink_only) {
+  static const auto op = operator_called<decltype(backward)>("wgan_ext::spectral_norm_backward");
+  return op.call(grad, grad_sigma, weight, u, v, sigma, dim, target, shrink_only);
 }
 
 std::optional<Tensor> if_defined(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
@@ -164,59 +287,79 @@ std::optional<Tensor> if_defined(const Tensor& t) { return t.defined() ? std::op
 bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 bool wants_grad(const std::optional<Tensor>& t) { return t && wants_grad(*t); }
 
-// normalized = W / sigma and sigma = u . (W v), with u and v constant.
-struct Normalize : torch::autograd::Function<Normalize> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& weight, const Tensor& u, const Tensor& v,
-                               int64_t dim, int64_t n_power_iterations, double eps, bool v_first) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [normalized, new_u, new_v, sigma] = call_forward(weight, u, v, dim, n_power_iterations, eps, v_first);
+// Gives results that were found without a graph their derivatives by weight: normalized = W / divisor(sigma) and
+// sigma = u . (W v), with u and v constant. Without `normalized` the derivative of sigma alone.
+struct Attach : torch::autograd::Function<Attach> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& weight, const Normalized* results, int64_t dim,
+                               double target, bool shrink_only) {
+    const auto& [normalized, u, v, sigma] = *results;
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({new_u, new_v});
-    ctx->save_for_backward({weight, new_u, new_v, sigma});
+    ctx->save_for_backward({weight, u, v, sigma});
     ctx->saved_data["dim"] = dim;
-    return {normalized, new_u, new_v, sigma};
+    ctx->saved_data["target"] = target;
+    ctx->saved_data["shrink_only"] = shrink_only;
+    return normalized.defined() ? variable_list{sigma, normalized} : variable_list{sigma};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(7);
-    if (!grads[0].defined() && !grads[3].defined()) return result;
+    variable_list result(5);
+    const Tensor grad = grads.size() > 1 ? grads[1] : Tensor();
+    if (!grads[0].defined() && !grad.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    result[0] = call_backward(if_defined(grads[0]), if_defined(grads[3]), saved[0], saved[1], saved[2], saved[3],
-                              ctx->saved_data["dim"].toInt());
+    result[0] = call_backward(if_defined(grad), if_defined(grads[0]), saved[0], saved[1], saved[2], saved[3],
+                              ctx->saved_data["dim"].toInt(), ctx->saved_data["target"].toDouble(),
+                              ctx->saved_data["shrink_only"].toBool());
     return result;
   }
 };
 
-// The gradient D = G / sigma + (g - <G, W> / sigma^2) u v^T is linear in G and g = grad_sigma. With H the gradient by D
-// and q = <H, u v^T>, its own derivatives are
-//   by G: H / sigma - q W / sigma^2        by g: q        by W: -q G / sigma^2
-//   by sigma: (2 q <G, W> / sigma - <H, G>) / sigma^2
+Normalized attached(const Tensor& weight, const Normalized& results, int64_t dim, double target, bool shrink_only) {
+  const variable_list with_graph = Attach::apply(weight, &results, dim, target, shrink_only);
+  const auto& [normalized, u, v, sigma] = results;
+  return {normalized.defined() ? with_graph[1] : Tensor(), u, v, with_graph[0]};
+}
+
+// With d = divisor(sigma), d' = 1 / target, or 0 where the weight stays as it is, the gradient
+//   D = G / d + (g - d' <G, W> / d^2) u v^T
+// is linear in G and g = grad_sigma. With H the gradient by D and q = <H, u v^T>, its own derivatives are
+//   by G: H / d - d' q W / d^2        by g: q        by W: -d' q G / d^2
+//   by sigma: d' (2 d' q <G, W> / d - <H, G>) / d^2
 // in operators of ATen, hence differentiable to any order.
 struct NormalizeBackward : torch::autograd::Function<NormalizeBackward> {
   static Tensor forward(AutogradContext* ctx, const std::optional<Tensor>& grad,
                         const std::optional<Tensor>& grad_sigma, const Tensor& weight, const Tensor& u, const Tensor& v,
-                        const Tensor& sigma, int64_t dim) {
+                        const Tensor& sigma, int64_t dim, double target, bool shrink_only) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({grad.value_or(Tensor()), weight, u, v, sigma});
     ctx->saved_data["dim"] = dim;
     ctx->saved_data["with_grad_sigma"] = grad_sigma.has_value();
-    return call_backward(grad, grad_sigma, weight, u, v, sigma, dim);
+    ctx->saved_data["target"] = target;
+    ctx->saved_data["shrink_only"] = shrink_only;
+    return call_backward(grad, grad_sigma, weight, u, v, sigma, dim, target, shrink_only);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(7);
+    variable_list result(9);
     const Tensor& h = grads[0];
     if (!h.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad = saved[0], &weight = saved[1], &u = saved[2], &v = saved[3];
-    const Tensor sigma = saved[4].to(weight.scalar_type());
     const Shape shape = matrix(kBackward, weight, ctx->saved_data["dim"].toInt());
     const Tensor by_columns = at::matmul(u, h.reshape({shape.outer, shape.rows, shape.inner}));
     const Tensor q = (by_columns * v.view({shape.outer, shape.inner})).sum();
     if (grad.defined()) {
-      result[0] = h / sigma - (q / sigma.square()) * weight;
-      result[2] = -(q / sigma.square()) * grad;
-      const Tensor by_sigma = (2 * q * (grad * weight).sum() / sigma - (h * grad).sum()) / sigma.square();
+      const double target = ctx->saved_data["target"].toDouble();
+      const bool shrink_only = ctx->saved_data["shrink_only"].toBool();
+      Tensor d = saved[4].to(weight.scalar_type()) / target, slope = at::full_like(d, 1 / target);
+      if (shrink_only) {
+        const Tensor stays = saved[4] <= target;
+        d = at::where(stays, at::ones_like(d), d);
+        slope = at::where(stays, at::zeros_like(d), slope);
+      }
+      const Tensor slope_q = slope * q / d.square();
+      result[0] = h / d - slope_q * weight;
+      result[2] = -slope_q * grad;
+      const Tensor by_sigma = slope * (2 * slope * q * (grad * weight).sum() / d - (h * grad).sum()) / d.square();
       result[5] = by_sigma.to(saved[4].scalar_type());
     }
     if (ctx->saved_data["with_grad_sigma"].toBool()) result[1] = q.to(saved[4].scalar_type());
@@ -225,45 +368,112 @@ struct NormalizeBackward : torch::autograd::Function<NormalizeBackward> {
 };
 
 Normalized forward_autograd(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim,
-                            int64_t n_power_iterations, double eps, bool v_first) {
-  if (!c10::GradMode::is_enabled() || !wants_grad(weight)) {
+                            int64_t n_power_iterations, double eps, bool v_first, double target, bool shrink_only) {
+  static const auto op = operator_called<decltype(forward)>("wgan_ext::spectral_norm");
+  const Normalized results = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_forward(weight, u, v, dim, n_power_iterations, eps, v_first);
-  }
-  const variable_list result = Normalize::apply(weight, u, v, dim, n_power_iterations, eps, v_first);
-  return {result[0], result[1], result[2], result[3]};
+    return op.call(weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only);
+  }();
+  if (!c10::GradMode::is_enabled() || !wants_grad(weight)) return results;
+  return attached(weight, results, dim, target, shrink_only);
+}
+
+Found forward_sigma_autograd(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim,
+                             int64_t n_power_iterations, double eps, bool v_first) {
+  static const auto op = operator_called<decltype(forward_sigma)>("wgan_ext::spectral_norm_sigma");
+  const auto [new_u, new_v, sigma] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(weight, u, v, dim, n_power_iterations, eps, v_first);
+  }();
+  if (!c10::GradMode::is_enabled() || !wants_grad(weight)) return {new_u, new_v, sigma};
+  return {new_u, new_v, std::get<3>(attached(weight, {Tensor(), new_u, new_v, sigma}, dim, 1, false))};
+}
+
+// Each weight has a node of its own: its gradient is ready, and the gradient of its quotient free, as soon as may be.
+NormalizedGroup forward_group_autograd(at::TensorList weight, at::TensorList u, at::TensorList v, at::IntArrayRef dim,
+                                       at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
+                                       at::IntArrayRef v_first, at::ArrayRef<double> target,
+                                       at::IntArrayRef shrink_only) {
+  static const auto op = operator_called<decltype(forward_group)>("wgan_ext::spectral_norm_group");
+  NormalizedGroup group = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only);
+  }();
+  if (!c10::GradMode::is_enabled()) return group;
+  auto& [normalized, new_u, new_v, sigma] = group;
+  for (size_t i = 0; i < weight.size(); ++i)
+    if (wants_grad(weight[i]))
+      std::tie(normalized[i], new_u[i], new_v[i], sigma[i]) = attached(
+          weight[i], {normalized[i], new_u[i], new_v[i], sigma[i]}, dim[i], target[i], shrink_only[i] != 0);
+  return group;
 }
 
 Tensor backward_autograd(const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_sigma,
-                         const Tensor& weight, const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim) {
+                         const Tensor& weight, const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim,
+                         double target, bool shrink_only) {
   if (!c10::GradMode::is_enabled() ||
       !(wants_grad(grad) || wants_grad(grad_sigma) || wants_grad(weight) || wants_grad(sigma))) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_backward(grad, grad_sigma, weight, u, v, sigma, dim);
+    return call_backward(grad, grad_sigma, weight, u, v, sigma, dim, target, shrink_only);
   }
-  return NormalizeBackward::apply(grad, grad_sigma, weight, u, v, sigma, dim);
+  return NormalizeBackward::apply(grad, grad_sigma, weight, u, v, sigma, dim, target, shrink_only);
 }
 
-// Copies both vectors; for buffers, which replicas and the state dict share.
+// ---- with u and v updated in place, as the buffers of a module are
+
 void store(const Tensor& u, const Tensor& v, const Tensor& new_u, const Tensor& new_v) {
+  const at::AutoDispatchBelowAutograd guard;  // none of them has a graph
   u.copy_(new_u);
   v.copy_(new_v);
+}
+
+Tensor forward_in_place(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t n_power_iterations,
+                        double eps, bool v_first, double target, bool shrink_only) {
+  static const auto op = operator_called<decltype(forward)>("wgan_ext::spectral_norm");
+  const auto [normalized, new_u, new_v, sigma] =
+      op.call(weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only);
+  if (n_power_iterations > 0) store(u, v, new_u, new_v);
+  return normalized;
+}
+
+std::vector<Tensor> forward_group_in_place(at::TensorList weight, at::TensorList u, at::TensorList v,
+                                           at::IntArrayRef dim, at::IntArrayRef n_power_iterations,
+                                           at::ArrayRef<double> eps, at::IntArrayRef v_first,
+                                           at::ArrayRef<double> target, at::IntArrayRef shrink_only) {
+  static const auto op = operator_called<decltype(forward_group)>("wgan_ext::spectral_norm_group");
+  const auto [normalized, new_u, new_v, sigma] =
+      op.call(weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only);
+  const at::AutoDispatchBelowAutograd guard;
+  std::vector<Tensor> to(u.begin(), u.end()), from(new_u);
+  to.insert(to.end(), v.begin(), v.end());
+  from.insert(from.end(), new_v.begin(), new_v.end());
+  at::_foreach_copy_(to, from);
+  return normalized;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wgan_ext, CPU, m) {
   m.impl("spectral_norm", forward);
+  m.impl("spectral_norm_group", forward_group);
+  m.impl("spectral_norm_sigma", forward_sigma);
   m.impl("spectral_norm_backward", backward);
 }
 TORCH_LIBRARY_IMPL(wgan_ext, CUDA, m) {
   m.impl("spectral_norm", forward);
+  m.impl("spectral_norm_group", forward_group);
+  m.impl("spectral_norm_sigma", forward_sigma);
   m.impl("spectral_norm_backward", backward);
 }
 TORCH_LIBRARY_IMPL(wgan_ext, Autograd, m) {
   m.impl("spectral_norm", forward_autograd);
+  m.impl("spectral_norm_group", forward_group_autograd);
+  m.impl("spectral_norm_sigma", forward_sigma_autograd);
   m.impl("spectral_norm_backward", backward_autograd);
 }
-TORCH_LIBRARY_IMPL(wgan_ext, CompositeImplicitAutograd, m) { m.impl("spectral_norm_store_", store); }
+TORCH_LIBRARY_IMPL(wgan_ext, CompositeImplicitAutograd, m) {
+  m.impl("spectral_norm_", forward_in_place);
+  m.impl("spectral_norm_group_", forward_group_in_place);
+}
 
 }  // namespace wgan_ext::spectral
