@@ -49,9 +49,9 @@ def normalized_weight(
     """Return W / sigma after power iterations, which leave their vectors in u and v: both of torch's interfaces."""
     refuse_sharded_weight("spectral_norm", weight)
     if weight.is_complex() or _wants_formula():
-        normalized, new_u, new_v = _formula(weight, u, v, dim, n_power_iterations, eps, v_first)
-    else:
-        normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, dim, n_power_iterations, eps, v_first)
+        return _formula(weight, u, v, dim, n_power_iterations, eps, v_first)
+    normalized: Tensor
+    normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, dim, n_power_iterations, eps, v_first)
     if n_power_iterations:
         _ops.spectral_norm_store_(u, v, new_u, new_v)
     return normalized
@@ -66,31 +66,39 @@ def _wants_formula() -> bool:
 
 def _formula(
     weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operator computes, and the same of complex weights: W / sigma, u and v."""
+) -> Tensor:
+    """What the operator computes, and the same of complex weights."""
     if torch.is_autocast_enabled(weight.device.type):
         with torch.autocast(weight.device.type, enabled=False):
             return _formula(weight, u, v, dim, n_power_iterations, eps, v_first)
     wide = weight.to(accumulation_dtype(weight.dtype))
     matrix = wide.movedim(dim, 0).flatten(1) if wide.dim() > 1 else wide[:, None]
-    constant, u, v = matrix.detach(), u.to(wide.dtype), v.to(wide.dtype)
-    with torch.no_grad():
-        for _ in range(n_power_iterations if weight.numel() else 0):
-            if v_first:
-                v = _unit(torch.mv(constant.mH, u), v)
-            u = _unit(torch.mv(constant, v), u)
-            if not v_first:
-                v = _unit(torch.mv(constant.mH, u), v)
-    sigma = (u.conj() * torch.mv(matrix, v)).sum()
-    return (wide / torch.where(sigma == 0, eps, sigma)).to(weight.dtype), u, v
+    if not n_power_iterations:
+        new_u, new_v = u.to(wide.dtype, copy=True), v.to(wide.dtype, copy=True)
+    else:
+        with torch.no_grad():
+            constant, new_u, new_v = matrix.detach(), u.to(wide.dtype), v.to(wide.dtype)
+            for _ in range(n_power_iterations):
+                if v_first:
+                    new_v = _unit(torch.mv(constant.mH, new_u), new_v)
+                new_u = _unit(torch.mv(constant, new_v), new_u)
+                if not v_first:
+                    new_v = _unit(torch.mv(constant.mH, new_u), new_v)
+            if transformed():  # torch.func lets no operator of torch change a captured tensor in place
+                _ops.spectral_norm_store_(u, v, new_u, new_v)
+            else:
+                u.copy_(new_u)
+                v.copy_(new_v)
+    sigma = (new_u.conj() * torch.mv(matrix, new_v)).sum()
+    return (wide / torch.where(sigma == 0, eps, sigma)).to(weight.dtype)
 
 
 def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
     """Return x / |x|, or the other vector where |x| is zero or not finite."""
-    largest = x.abs().amax()  # so that no square leaves the range of floating-point numbers
-    x = x / largest
+    size = x.abs().sum()
+    x = x / size  # so that no square leaves the range of floating-point numbers
     norm = torch.linalg.vector_norm(x)
-    return torch.where((largest > 0) & norm.isfinite(), x / norm, otherwise)
+    return torch.where((size > 0) & norm.isfinite(), x / norm, otherwise)
 
 
 class SpectralNorm(_TorchSpectralNorm):
