@@ -3,8 +3,10 @@
 import dataclasses
 import inspect
 import math
+import operator
 import re
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -271,6 +273,22 @@ ROWS: dict[str, list[Row]] = {
         (lambda f: f(linear(dtype=torch.cfloat)), NotImplementedError, "weight is complex"),
         (lambda f: f(f(linear())), RuntimeError, "two spectral_norm hooks on the same parameter weight"),
     ],
+    "parametrizations.spectral_norm": [
+        (lambda f: f(5), TypeError, "module must be an nn.Module, got int"),
+        (lambda f: f(linear(), 5), TypeError, "name must be a string, got int"),
+        (lambda f: f(nn.ReLU()), ValueError, "name must be a parameter or buffer of the module, got 'weight'"),
+        (lambda f: f(linear(bias=False), "bias"), ValueError, "must be a parameter or buffer .*, got 'bias'"),
+        (lambda f: f(nn.LazyLinear(3)), RuntimeError, "weight is uninitialized"),
+        (lambda f: f(linear(), n_power_iterations=0), ValueError, "n_power_iterations must be at least 1, got 0"),
+        (lambda f: f(linear(), n_power_iterations=1.5), TypeError, "n_power_iterations must be an integer, got float"),
+        (lambda f: f(linear(), eps=-1.0), ValueError, "eps must be finite and not negative, got -1"),
+        (lambda f: f(linear(), eps="a"), TypeError, "eps must be a number, got str"),
+        (lambda f: f(linear(), dim=2), IndexError, r"dim must be in \[-2, 1\], got 2"),
+        (lambda f: f(linear(), dim=-3), IndexError, r"dim must be in \[-2, 1\], got -3"),
+        (lambda f: f(linear(), "bias", dim=1), IndexError, r"dim must be in \[-1, 0\], got 1"),
+        (lambda f: f(linear(), dim="a"), TypeError, "dim must be an integer, got str"),
+        (lambda f: f(nn.BatchNorm1d(3), "num_batches_tracked"), TypeError, "must be a floating-point or complex"),
+    ],
     "remove_spectral_norm": [
         (lambda f: f(5), TypeError, "module must be an nn.Module, got int"),
         (lambda f: f(linear()), ValueError, "spectral_norm of 'weight' not found in Linear"),
@@ -334,8 +352,17 @@ def takes_arguments(public: Any) -> bool:
     return not result and bool(inspect.signature(public).parameters)
 
 
+def public_names(module: Any) -> Iterator[str]:
+    for name in module.__all__:
+        value = getattr(module, name)
+        if isinstance(value, types.ModuleType):
+            yield from (f"{name}.{inner}" for inner in public_names(value))
+        elif takes_arguments(value):
+            yield name
+
+
 def test_every_public_function_has_rows() -> None:
-    assert set(ROWS) == {name for name in wgan_ext.__all__ if takes_arguments(getattr(wgan_ext, name))}
+    assert set(ROWS) == set(public_names(wgan_ext))
     assert all(ROWS.values())
 
 
@@ -351,7 +378,7 @@ def test_a_wrong_argument_is_named(
     name: str, call: Callable[[Any], object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as raised:
-        call(getattr(wgan_ext, name))
+        call(operator.attrgetter(name)(wgan_ext))
     assert raised.type is error
 
 

@@ -9,6 +9,7 @@ except ImportError as error:
         f"wgan_ext's extension is not built for this Python and torch {_torch.__version__} ({error}): "
         "run `make build` in the checkout, or `pip install --no-build-isolation .`"
     ) from error
+from . import parametrizations
 from ._build import BuildInfo, build_info
 from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
@@ -37,6 +38,7 @@ __all__ = [
     "gradient_penalty",
     "input_gradient",
     "js_divergence",
+    "parametrizations",
     "remove_spectral_norm",
     "sinkhorn",
     "sinkhorn_divergence",

@@ -42,6 +42,27 @@ def refuse_wrapped(op: str, critic: object) -> None:
                 )
 
 
+def refuse_sharded_weight(op: str, weight: Tensor) -> None:
+    """Raise NotImplementedError for a DTensor, of which each process would normalize its own part."""
+    kind = type(weight)
+    if kind is nn.Parameter or kind is Tensor or torch.compiler.is_compiling():
+        return
+    if _base_named(_DTENSOR, kind):
+        raise NotImplementedError(
+            f"{op}: the weight is a DTensor, of which each process holds a part, and the singular value is that of the "
+            "whole. Normalize the module first and shard then, by FSDP alone; outside of the sharded module's forward, "
+            "and under tensor parallelism, the weight is not whole"
+        )
+
+
+def refuse_sharded_module(op: str, module: nn.Module) -> None:
+    """Raise NotImplementedError for a module that FSDP shards, whose parameters cannot be replaced any more."""
+    if name := _base_named(_FSDP, type(module)):
+        raise NotImplementedError(
+            f"{op}: module is sharded by FSDP ({name}), which holds its parameters. Normalize it first and shard then"
+        )
+
+
 def wrapped_layer(critic: nn.Module) -> str:
     """What is wrong with a layer that is wrapped in DDP or DataParallel, or an empty string."""
     for name, module in critic.named_modules():

@@ -17,7 +17,9 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook as _To
 from torch.nn.utils.spectral_norm import remove_spectral_norm as _torch_remove
 
 from . import _ops
-from ._checks import check_count, check_module, check_number, check_type
+from ._checks import accumulation_dtype, check_count, check_module, check_number, check_type
+from ._distributed import refuse_sharded_module, refuse_sharded_weight
+from ._transforms import transformed
 
 __all__ = ["remove_spectral_norm", "spectral_norm"]
 
@@ -26,15 +28,77 @@ M = TypeVar("M", bound=nn.Module)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+def checked_options(module: nn.Module, name: str, n_power_iterations: int, eps: float, dim: int | None) -> int:
+    """Return dim, by default that of the module's class, once what does not depend on the weight is found right."""
+    check_module("spectral_norm", "module", module)
+    refuse_sharded_module("spectral_norm", module)
+    check_type("spectral_norm", "name", name, str, "a string")
+    check_count("spectral_norm", "n_power_iterations", n_power_iterations)
+    check_number("spectral_norm", "eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"spectral_norm: eps must be finite and not negative, got {eps}")
+    if dim is None:
+        return 1 if isinstance(module, _TRANSPOSED) else 0
+    check_type("spectral_norm", "dim", dim, int, "an integer")
+    return dim
+
+
+def normalized_weight(
+    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
+) -> Tensor:
+    """Return W / sigma after power iterations, which leave their vectors in u and v: both of torch's interfaces."""
+    refuse_sharded_weight("spectral_norm", weight)
+    if weight.is_complex() or _wants_formula():
+        return _formula(weight, u, v, dim, n_power_iterations, eps, v_first)
+    normalized: Tensor
+    normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, dim, n_power_iterations, eps, v_first)
+    if n_power_iterations:
+        _ops.spectral_norm_store_(u, v, new_u, new_v)
+    return normalized
+
+
 def _wants_formula() -> bool:
     """Whether a formula of torch's operators must do: forward-mode derivatives, torch.func, export, jit.trace."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return transformed() or torch._C._get_tracing_state() is not None
+
+
+def _formula(
+    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
+) -> Tensor:
+    """What the operator computes, and the same of complex weights."""
+    if torch.is_autocast_enabled(weight.device.type):
+        with torch.autocast(weight.device.type, enabled=False):
+            return _formula(weight, u, v, dim, n_power_iterations, eps, v_first)
+    wide = weight.to(accumulation_dtype(weight.dtype))
+    matrix = wide.movedim(dim, 0).flatten(1) if wide.dim() > 1 else wide[:, None]
+    if not n_power_iterations:
+        new_u, new_v = u.to(wide.dtype, copy=True), v.to(wide.dtype, copy=True)
+    else:
+        with torch.no_grad():
+            constant, new_u, new_v = matrix.detach(), u.to(wide.dtype), v.to(wide.dtype)
+            for _ in range(n_power_iterations):
+                if v_first:
+                    new_v = _unit(torch.mv(constant.mH, new_u), new_v)
+                new_u = _unit(torch.mv(constant, new_v), new_u)
+                if not v_first:
+                    new_v = _unit(torch.mv(constant.mH, new_u), new_v)
+            if transformed():  # torch.func lets no operator of torch change a captured tensor in place
+                _ops.spectral_norm_store_(u, v, new_u, new_v)
+            else:
+                u.copy_(new_u)
+                v.copy_(new_v)
+    sigma = (new_u.conj() * torch.mv(matrix, new_v)).sum()
+    return (wide / torch.where(sigma == 0, eps, sigma)).to(weight.dtype)
+
+
+def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
+    """Return x / |x|, or the other vector where |x| is zero or not finite."""
+    size = x.abs().sum()
+    x = x / size  # so that no square leaves the range of floating-point numbers
+    norm = torch.linalg.vector_norm(x)
+    return torch.where((size > 0) & norm.isfinite(), x / norm, otherwise)
 
 
 class SpectralNorm(_TorchSpectralNorm):
@@ -54,25 +118,7 @@ class SpectralNorm(_TorchSpectralNorm):
         if weight is None:  # a plain attribute, as in a replica of DataParallel
             weight = getattr(module, name + "_orig")
         iterations = self.n_power_iterations if do_power_iteration else 0
-        if _wants_formula():
-            return self._formula(weight, u, v, iterations)
-        normalized: Tensor
-        normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, self.dim, iterations, self.eps, True)
-        if do_power_iteration:
-            _ops.spectral_norm_store_(u, v, new_u, new_v)
-        return normalized
-
-    def _formula(self, weight: Tensor, u: Tensor, v: Tensor, iterations: int) -> Tensor:
-        matrix = self.reshape_weight_to_matrix(weight)
-        if iterations:
-            with torch.no_grad():
-                constant, new_u, new_v = matrix.detach(), u, v
-                for _ in range(iterations):
-                    new_v = nn.functional.normalize(torch.mv(constant.T, new_u), dim=0, eps=self.eps)
-                    new_u = nn.functional.normalize(torch.mv(constant, new_v), dim=0, eps=self.eps)
-                _ops.spectral_norm_store_(u, v, new_u, new_v)
-                u, v = new_u, new_v
-        return weight / torch.dot(u, torch.mv(matrix, v))
+        return normalized_weight(weight, u, v, self.dim, iterations, self.eps, True)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Give the module its normalized weight; with a power iteration if it is in training mode."""
@@ -132,25 +178,18 @@ def spectral_norm(
         ValueError: the parameter is None or uninitialized, ``n_power_iterations`` is not positive, or ``eps`` is
             negative or not finite.
         TypeError: an argument is of another type.
-        NotImplementedError: the weight is complex (torch would use the transpose, not the adjoint).
+        NotImplementedError: the weight is complex (torch would use the transpose, not the adjoint), or sharded: a
+            DTensor, or a parameter of an FSDP module, here or in a forward.
         IndexError: ``dim`` is out of range.
     """
-    check_module("spectral_norm", "module", module)
-    check_type("spectral_norm", "name", name, str, "a string")
+    dim = checked_options(module, name, n_power_iterations, eps, dim)
     if name not in module._parameters and name + "_orig" not in module._parameters:
         raise KeyError(f"spectral_norm: name must be a parameter of the module, got {name!r}")
-    check_count("spectral_norm", "n_power_iterations", n_power_iterations)
-    check_number("spectral_norm", "eps", eps)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"spectral_norm: eps must be finite and not negative, got {eps}")
-    if dim is not None:
-        check_type("spectral_norm", "dim", dim, int, "an integer")
-    if dim is None:
-        dim = 1 if isinstance(module, _TRANSPOSED) else 0
     weight = module._parameters.get(name)
     if weight is not None and not nn.parameter.is_lazy(weight):
+        refuse_sharded_weight("spectral_norm", weight)
         if weight.is_complex():
-            raise NotImplementedError(f"spectral_norm: {name} is complex; use torch.nn.utils.parametrizations")
+            raise NotImplementedError(f"spectral_norm: {name} is complex; use wgan_ext.parametrizations.spectral_norm")
         if not -max(weight.dim(), 1) <= dim < max(weight.dim(), 1):
             raise IndexError(f"spectral_norm: dim must be in [{-weight.dim()}, {weight.dim() - 1}], got {dim}")
         dim %= max(weight.dim(), 1)
