@@ -31,8 +31,7 @@ void parallel_queue(int64_t items, void (*body)(const void* context, int64_t ite
 
 template <typename Body>
 void parallel_each(int64_t items, const Body& body) {
-  parallel_queue(
-      items, [](const void* context, int64_t item) { (*static_cast<const Body*>(context))(item); }, &body);
+  parallel_queue(items, [](const void* context, int64_t item) { (*static_cast<const Body*>(context))(item); }, &body);
 }
 
 }  // namespace wgan_ext

@@ -1,6 +1,6 @@
 // Memory for results. A large block that malloc takes from the system at every call costs a page fault for each of its
-// pages (10 ms for 64 MiB, measured, even with huge pages; reading and writing them takes 2), so on the CPU large blocks
-// are kept and used again.
+// pages (10 ms for 64 MiB, measured, even with huge pages; reading and writing them takes 2), so on the CPU large
+// blocks are kept and used again.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -25,7 +25,8 @@ LEAST_WARPS_PER_SM = 8
 WIDE_LOADS = {
     "critic": [r"activate_kernelI\w+Lb1E", r"mask_kernelI\w+Lb1E"],
     "spectral": [
-        rf"{name}_kernelI(fLi4|dLi2)E" for name in ("rows", "columns", "quotient", "inner_product", "gradient")
+        *(rf"{name}_kernelI[fd]E" for name in ("rows", "columns", "quotient")),
+        *(rf"{name}_kernelI(fLi4|dLi2)E" for name in ("inner_product", "gradient")),
     ],
 }
 

@@ -107,9 +107,10 @@ def _spectral(device: torch.device) -> list[tuple[Any, ...]]:
             weight = torch.randn(shape, dtype=dtype, device=device, requires_grad=dtype != torch.bfloat16)
             rows = shape[dim]
             u, v = (torch.randn(n, dtype=dtype, device=device) for n in (rows, weight.numel() // rows))
-            samples.append((weight, u, v, dim, 1, 1e-12, v_first))
+            samples.append((weight, u, v, dim, 1, 1e-12, v_first, 0.5, not v_first))
     channels_last = torch.randn(4, 3, 2, 2, device=device).to(memory_format=torch.channels_last)
-    samples.append((channels_last, torch.ones(4, device=device), torch.ones(12, device=device), 0, 0, 1e-12, True))
+    u, v = torch.ones(4, device=device), torch.ones(12, device=device)
+    samples.append((channels_last, u, v, 0, 0, 1e-12, True, 1.0, False))
     return samples
 
 
@@ -118,8 +119,17 @@ def _spectral_backward(device: torch.device) -> list[tuple[Any, ...]]:
     for weight, u, v, dim, *_ in _spectral(device):
         sigma = torch.tensor(1.5, dtype=torch.promote_types(weight.dtype, torch.float32), device=device)
         grad = torch.randn_like(weight).requires_grad_(weight.requires_grad)
-        samples += [(grad, None, weight, u, v, sigma, dim), (None, sigma, weight, u, v, sigma, dim)]
+        rest = (weight, u, v, sigma, dim, 0.5, False)
+        samples += [(grad, None, *rest), (None, sigma, *rest)]
     return samples
+
+
+def _spectral_group(device: torch.device) -> list[tuple[Any, ...]]:
+    return [tuple(map(list, zip(*_spectral(device), strict=True)))]
+
+
+def _spectral_sigma(device: torch.device) -> list[tuple[Any, ...]]:
+    return [sample[:-2] for sample in _spectral(device)]
 
 
 def _spectral_store(device: torch.device) -> list[tuple[Any, ...]]:
@@ -127,6 +137,9 @@ def _spectral_store(device: torch.device) -> list[tuple[Any, ...]]:
 
 
 SAMPLES["spectral_norm"] = _spectral
+SAMPLES["spectral_norm_"] = _spectral
+SAMPLES["spectral_norm_group"] = _spectral_group
+SAMPLES["spectral_norm_sigma"] = _spectral_sigma
 SAMPLES["spectral_norm_backward"] = _spectral_backward
 SAMPLES["spectral_norm_store_"] = _spectral_store
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -42,6 +43,10 @@ SHAPES: list[tuple[tuple[int, ...], int]] = [
 ]
 
 
+PLAIN = (1.0, False)
+"""A target norm of 1, for every weight."""
+
+
 def equal_states(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -51,7 +56,7 @@ def operands(
 ) -> list[Tensor]:
     weight = torch.randn(shape, dtype=torch.float64)
     rows = shape[dim]
-    u, v = torch.randn(rows, dtype=torch.float64), torch.randn(weight.numel() // rows, dtype=torch.float64)
+    u, v = torch.randn(rows, dtype=torch.float64), torch.randn(math.prod(shape) // max(rows, 1), dtype=torch.float64)
     return [t.to(device, dtype) for t in (weight, u / u.norm(), v / v.norm())]
 
 
@@ -76,7 +81,7 @@ def test_operator(
 ) -> None:
     weight, u, v = operands(shape, dim, device)
     weight.requires_grad_()
-    got = _ops.spectral_norm(weight, u, v, dim, n_power_iterations, 1e-12, v_first)
+    got = _ops.spectral_norm(weight, u, v, dim, n_power_iterations, 1e-12, v_first, *PLAIN)
     want = reference.spectral_norm(weight, u, v, dim, n_power_iterations, v_first)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -89,19 +94,87 @@ def test_operator(
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10 * float(gradients[1].abs().max()) + 1e-14)
 
 
+TARGETS = [(1.0, False), (0.3, False), (0.3, True), (1e3, True)]
+
+
+@pytest.mark.parametrize(("target", "shrink_only"), TARGETS)
+@pytest.mark.parametrize(("shape", "dim"), [((37, 53), 0), ((64, 3, 3, 3), 1), ((37, 53), 1)])
+def test_target_norm(shape: tuple[int, ...], dim: int, target: float, shrink_only: bool, device: torch.device) -> None:
+    weight, u, v = operands(shape, dim, device)
+    want = reference.spectral_norm(weight, u, v, dim, 2, True, target, shrink_only)
+    got = _ops.spectral_norm(weight, u, v, dim, 2, 1e-12, True, target, shrink_only)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+    assert torch.equal(got[0], weight) == (shrink_only and target > 1)
+
+
+@pytest.mark.parametrize(("target", "shrink_only"), TARGETS)
+def test_derivatives_with_a_target(target: float, shrink_only: bool, device: torch.device) -> None:
+    weight, u, v = operands((4, 3), 0, device)
+    _, u, v, _ = reference.spectral_norm(weight, u, v, 0, 20)
+
+    def both(weight: Tensor) -> tuple[Tensor, Tensor]:
+        normalized, _, _, sigma = _ops.spectral_norm(weight, u, v, 0, 0, 1e-12, True, target, shrink_only)
+        return normalized, sigma
+
+    weight.requires_grad_()
+    assert gradcheck(both, (weight,))
+    assert gradgradcheck(both, (weight,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_group_is_the_operator_of_each(dtype: torch.dtype, device: torch.device) -> None:
+    """Bit for bit, whatever the sizes, orders, iterations and targets."""
+    shapes = [((1, 1), 0), ((300, 1024), 0), ((37, 53), 1), ((3, 0), 0), ((600, 512), 0), ((64, 3, 3, 3), 1)] * 4
+    each = [operands(shape, dim, device, dtype) for shape, dim in shapes]
+    options = [(dim, i % 3, 1e-12, i % 2 == 0, *TARGETS[i % len(TARGETS)]) for i, (_, dim) in enumerate(shapes)]
+    wants = [_ops.spectral_norm(*tensors, *rest) for tensors, rest in zip(each, options, strict=True)]
+    got = _ops.spectral_norm_group(*map(list, zip(*each, strict=True)), *map(list, zip(*options, strict=True)))
+    for want, result in zip(wants, zip(*got, strict=True), strict=True):
+        for w, g in zip(want, result, strict=True):
+            assert torch.equal(w, g)
+
+
+def test_group_has_the_derivatives_of_each(device: torch.device) -> None:
+    each = [operands(shape, 0, device) for shape in ((4, 3), (5, 2), (3, 3))]
+    weights, us, vs = map(list, zip(*each, strict=True))
+    weights[0].requires_grad_()
+    weights[2].requires_grad_()
+    options = ([0, 0, 0], [0, 0, 0], [1e-12] * 3, [1, 0, 1], [1.0, 1.0, 0.5], [0, 0, 1])
+
+    def normalized(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        group = _ops.spectral_norm_group([a, weights[1], b], us, vs, *options)
+        assert not group[0][1].requires_grad
+        return group[0][0], group[0][2], group[3][0]
+
+    assert gradcheck(normalized, (weights[0], weights[2]))
+    assert gradgradcheck(normalized, (weights[0], weights[2]))
+
+
+def test_sigma_alone(device: torch.device) -> None:
+    weight, u, v = operands((6, 5), 0, device)
+    weight.requires_grad_()
+    want = _ops.spectral_norm(weight, u, v, 0, 2, 1e-12, True, *PLAIN)
+    got = _ops.spectral_norm_sigma(weight, u, v, 0, 2, 1e-12, True)
+    assert all(map(torch.equal, want[1:], got))
+    assert gradcheck(lambda w: _ops.spectral_norm_sigma(w, got[0], got[1], 0, 0, 1e-12, True)[2], (weight,))
+    assert gradgradcheck(lambda w: _ops.spectral_norm_sigma(w, got[0], got[1], 0, 0, 1e-12, True)[2], (weight,))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
 def test_dtypes(shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> None:
     weight, u, v = operands(shape, dim, device, dtype)
-    got = _ops.spectral_norm(weight, u, v, dim, 1, 1e-12, True)
+    got = _ops.spectral_norm(weight, u, v, dim, 1, 1e-12, True, *PLAIN)
     want = reference.spectral_norm(weight.double(), u.double(), v.double(), dim)
     assert [t.dtype for t in got] == [dtype, dtype, dtype, torch.float32]
     error = max(torch.finfo(dtype).eps, 2e-6)
     for a, b, unit in zip(got, want, (want[0].abs().max(), 1, 1, want[3]), strict=True):
         assert (a.double() - b).abs().max() <= error * unit
     grad = torch.randn_like(weight)
-    got_grad = _ops.spectral_norm_backward(grad, None, weight, u, v, want[3].float(), dim)
-    want_grad = _ops.spectral_norm_backward(grad.double(), None, weight.double(), u.double(), v.double(), want[3], dim)
+    got_grad = _ops.spectral_norm_backward(grad, None, weight, u, v, want[3].float(), dim, *PLAIN)
+    doubles = [t.double() for t in (weight, u, v)]
+    want_grad = _ops.spectral_norm_backward(grad.double(), None, *doubles, want[3], dim, *PLAIN)
     assert got_grad.dtype == dtype
     assert (got_grad.double() - want_grad).abs().max() <= max(
         torch.finfo(dtype).eps, 2e-6
@@ -110,10 +183,10 @@ def test_dtypes(shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: to
 
 def test_layouts(device: torch.device) -> None:
     weight, u, v = operands((6, 4, 5, 3), 0, device)
-    want = _ops.spectral_norm(weight, u, v, 0, 1, 1e-12, True)[0]
+    want = _ops.spectral_norm(weight, u, v, 0, 1, 1e-12, True, *PLAIN)[0]
     strided = torch.empty(6, 4, 5, 6, dtype=weight.dtype, device=device)[..., ::2].copy_(weight)
     for given_weight in (strided, weight.to(memory_format=torch.channels_last), weight.mT.contiguous().mT):
-        got = _ops.spectral_norm(given_weight, u.repeat_interleave(2)[::2], v, 0, 1, 1e-12, True)[0]
+        got = _ops.spectral_norm(given_weight, u.repeat_interleave(2)[::2], v, 0, 1, 1e-12, True, *PLAIN)[0]
         assert torch.equal(got, want)
         assert got.stride() == torch.empty_like(given_weight).stride()
 
@@ -122,7 +195,7 @@ def test_layouts(device: torch.device) -> None:
 def test_empty(shape: tuple[int, ...], device: torch.device) -> None:
     weight = torch.empty(shape, device=device, requires_grad=True)
     u, v = torch.ones(shape[0], device=device), torch.ones(weight[:1].numel() if shape[0] else 3, device=device)
-    normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, 0, 1, 1e-12, True)
+    normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, 0, 1, 1e-12, True, *PLAIN)
     assert normalized.shape == weight.shape
     assert torch.equal(new_u, u)
     assert torch.equal(new_v, v)
@@ -137,7 +210,7 @@ def test_derivatives(shape: tuple[int, ...], dim: int, v_first: bool, device: to
     weight.requires_grad_()
 
     def normalized_and_sigma(weight: Tensor) -> tuple[Tensor, Tensor]:
-        normalized, _, _, sigma = _ops.spectral_norm(weight, u, v, dim, 0, 1e-12, v_first)
+        normalized, _, _, sigma = _ops.spectral_norm(weight, u, v, dim, 0, 1e-12, v_first, *PLAIN)
         return normalized, sigma
 
     assert gradcheck(normalized_and_sigma, weight)
@@ -147,7 +220,7 @@ def test_derivatives(shape: tuple[int, ...], dim: int, v_first: bool, device: to
     grad_sigma = torch.randn_like(sigma).requires_grad_()
 
     def backward(grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, sigma: Tensor) -> Tensor:
-        return _ops.spectral_norm_backward(grad, grad_sigma, weight, u, v, sigma, dim)
+        return _ops.spectral_norm_backward(grad, grad_sigma, weight, u, v, sigma, dim, *PLAIN)
 
     assert gradcheck(backward, (grad, grad_sigma, weight, sigma))
     assert gradgradcheck(backward, (grad, grad_sigma, weight, sigma))
@@ -160,7 +233,7 @@ def test_second_derivative_after_an_iteration(device: torch.device) -> None:
     direction = torch.randn_like(weight)
     results = []
     for normalize in (
-        lambda: _ops.spectral_norm(weight, u, v, 1, 2, 1e-12, True),
+        lambda: _ops.spectral_norm(weight, u, v, 1, 2, 1e-12, True, *PLAIN),
         lambda: reference.spectral_norm(weight, u, v, 1, 2),
     ):
         normalized, _, _, sigma = normalize()
@@ -176,8 +249,8 @@ def test_scale_does_not_matter(exponent: int, rows: int, width: int, v_first: bo
     shape = (width, rows)
     weight, u, v = operands(shape, dim, torch.device("cpu"), torch.float32)
     size = 2.0 ** round(exponent * 3.32)
-    want = _ops.spectral_norm(weight, u, v, dim, 2, 1e-12, v_first)
-    got = _ops.spectral_norm(weight * size, u, v, dim, 2, 1e-12, v_first)
+    want = _ops.spectral_norm(weight, u, v, dim, 2, 1e-12, v_first, *PLAIN)
+    got = _ops.spectral_norm(weight * size, u, v, dim, 2, 1e-12, v_first, *PLAIN)
     torch.testing.assert_close(got[3] / size, want[3], rtol=2e-6, atol=0)
     for a, b in zip(got[:3], want[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
@@ -186,7 +259,7 @@ def test_scale_does_not_matter(exponent: int, rows: int, width: int, v_first: bo
 def test_iterations_find_the_largest_singular_value(device: torch.device) -> None:
     for v_first in (True, False):
         weight, u, v = operands((12, 5, 3), 1, device)
-        _, u, v, sigma = _ops.spectral_norm(weight, u, v, 1, 500, 1e-12, v_first)
+        _, u, v, sigma = _ops.spectral_norm(weight, u, v, 1, 500, 1e-12, v_first, *PLAIN)
         matrix = weight.movedim(1, 0).flatten(1)
         torch.testing.assert_close(sigma, torch.linalg.matrix_norm(matrix, 2))
         torch.testing.assert_close(matrix @ v, sigma * u)
@@ -201,7 +274,7 @@ def test_zero_and_not_finite_weights_leave_the_vectors(
     weight, u, v = operands(shape, dim, device, torch.float32)
     for bad in (torch.zeros_like(weight), weight * torch.nan, weight / 0):
         bad.requires_grad_()
-        normalized, new_u, new_v, sigma = _ops.spectral_norm(bad, u, v, dim, 2, 1e-12, v_first)
+        normalized, new_u, new_v, sigma = _ops.spectral_norm(bad, u, v, dim, 2, 1e-12, v_first, *PLAIN)
         assert torch.equal(new_u, u)
         assert torch.equal(new_v, v)
         (grad,) = torch.autograd.grad(normalized.sum(), bad)
@@ -222,8 +295,9 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
             results = []
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                forward = _ops.spectral_norm(weight, u, v, dim, 2, 1e-12, v_first)
-                results.append((*forward, _ops.spectral_norm_backward(weight.cos(), None, weight, *forward[1:], dim)))
+                forward = _ops.spectral_norm(weight, u, v, dim, 2, 1e-12, v_first, *PLAIN)
+                backward = _ops.spectral_norm_backward(weight.cos(), None, weight, *forward[1:], dim, *PLAIN)
+                results.append((*forward, backward))
             torch.set_num_threads(threads)
             assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
 
@@ -261,12 +335,14 @@ def test_lower_vector_levels(level: str) -> None:
         ({"v": torch.ones(4).double()}, TypeError, "v must have the dtype of weight"),
         ({"n": -1}, ValueError, "n_power_iterations must not be negative, got -1"),
         ({"eps": -1.0}, ValueError, "eps must not be negative, got -1"),
+        ({"target": 0.0}, ValueError, "target must be positive, got 0"),
     ],
 )
 def test_operator_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {"weight": torch.ones(3, 4), "u": torch.ones(3), "v": torch.ones(4), "dim": 0, "n": 1, "eps": 1e-12}
+    arguments |= {"v_first": True, "target": 1.0}
     with pytest.raises(error, match=message):
-        _ops.spectral_norm(*(arguments | change).values(), True)
+        _ops.spectral_norm(*(arguments | change).values(), False)
 
 
 # ---- the hook, beside torch's

@@ -70,17 +70,7 @@ def spectral_norm_group(
     target: Sequence[float],
     shrink_only: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]: ...
-def spectral_norm_group_(
-    weight: Sequence[Tensor],
-    u: Sequence[Tensor],
-    v: Sequence[Tensor],
-    dim: Sequence[int],
-    n_power_iterations: Sequence[int],
-    eps: Sequence[float],
-    v_first: Sequence[int],
-    target: Sequence[float],
-    shrink_only: Sequence[int],
-) -> list[Tensor]: ...
+def spectral_norm_store_(u: Tensor, v: Tensor, new_u: Tensor, new_v: Tensor) -> None: ...
 def spectral_norm_sigma(
     weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -129,6 +119,9 @@ def sinkhorn_gradient(
 def sinkhorn_weight_gradient(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, cost: str
 ) -> Tensor: ...
+
+# memory
+def empty_cache() -> int: ...
 
 # build facts
 torch_version: tuple[int, int, int]

@@ -21,9 +21,13 @@ M = TypeVar("M", bound=nn.Module)
 class _SpectralNorm(_TorchSpectralNorm):
     """Torch's parametrization, with everything between the buffers and the normalized weight done by one operator."""
 
+    v_first = False
+    target = 1.0
+    shrink_only = False
+
     @torch.no_grad()
     def _power_method(self, weight_mat: Tensor, n_power_iterations: int) -> None:
-        normalized_weight(weight_mat, self._u, self._v, 0, n_power_iterations, self.eps, False)
+        normalized_weight(self, weight_mat, self._u, self._v, n_power_iterations, dim=0)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return W / sigma; in training mode, update the buffers u and v in place before."""
@@ -33,7 +37,7 @@ class _SpectralNorm(_TorchSpectralNorm):
             return nn.functional.normalize(wide, dim=0, eps=self.eps).to(weight.dtype)
         iterations = self.n_power_iterations if self.training else 0
         buffers: dict[str, Any] = self._buffers  # found without the detour of Module.__getattr__
-        return normalized_weight(weight, buffers["_u"], buffers["_v"], self.dim, iterations, self.eps, False)
+        return normalized_weight(self, weight, buffers["_u"], buffers["_v"], iterations)
 
 
 def spectral_norm(

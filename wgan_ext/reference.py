@@ -276,9 +276,18 @@ def gradient_penalty(
 
 
 def spectral_norm(
-    weight: Tensor, u: Tensor, v: Tensor, dim: int = 0, n_power_iterations: int = 1, v_first: bool = True
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    dim: int = 0,
+    n_power_iterations: int = 1,
+    v_first: bool = True,
+    target: float = 1.0,
+    shrink_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return W / sigma, u, v and sigma = u . (W v) after power iterations on weight seen as a matrix.
+    """Return W / d, u, v and sigma = u . (W v) after power iterations on weight seen as a matrix.
+
+    The divisor d is sigma / target, so that target is the norm of W / d; or 1 with ``shrink_only`` if that is less.
 
     The rows of W are the dimension ``dim`` of weight, its columns all others. With ``v_first`` an iteration is
     v = W^T u / |W^T u|, u = W v / |W v|, as in torch.nn.utils.spectral_norm, else u first and then v, as in
@@ -293,7 +302,8 @@ def spectral_norm(
             if not v_first:
                 v = torch.nn.functional.normalize(matrix.T @ u, dim=0)
     sigma = u @ (matrix @ v)
-    return weight / sigma, u, v, sigma
+    divisor = weight.new_ones(()) if shrink_only and sigma <= target else sigma / target
+    return weight / divisor, u, v, sigma
 
 
 # sinkhorn

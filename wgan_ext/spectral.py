@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = ["remove_spectral_norm", "spectral_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
+_PLAIN = (Tensor, nn.Parameter)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -43,34 +44,48 @@ def checked_options(module: nn.Module, name: str, n_power_iterations: int, eps: 
     return dim
 
 
+class Rule(Protocol):
+    """How a weight is normalized: the hook of one interface or the parametrization of the other."""
+
+    n_power_iterations: int
+    dim: int
+    eps: float
+    v_first: bool  # the order of an iteration: v and then u, or u and then v
+    target: float
+    shrink_only: bool
+
+
 def normalized_weight(
-    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
+    rule: Rule, weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, dim: int | None = None
 ) -> Tensor:
-    """Return W / sigma after power iterations, which leave their vectors in u and v: both of torch's interfaces."""
-    refuse_sharded_weight("spectral_norm", weight)
-    if weight.is_complex() or _wants_formula():
-        return _formula(weight, u, v, dim, n_power_iterations, eps, v_first)
-    normalized: Tensor
-    normalized, new_u, new_v, _ = _ops.spectral_norm(weight, u, v, dim, n_power_iterations, eps, v_first)
-    if n_power_iterations:
-        _ops.spectral_norm_store_(u, v, new_u, new_v)
+    """Return W / divisor(sigma) after power iterations, which leave their vectors in u and v.
+
+    ``dim``, by default the rule's, is the dimension of the weight that makes the rows of the matrix W.
+    """
+    if dim is None:
+        dim = rule.dim
+    if type(weight) not in _PLAIN:
+        refuse_sharded_weight("spectral_norm", weight)
+    if wants_formula() or weight.is_complex():
+        return _formula(rule, weight, u, v, n_power_iterations, dim)
+    normalized: Tensor = _ops.spectral_norm_(
+        weight, u, v, dim, n_power_iterations, rule.eps, rule.v_first, rule.target, rule.shrink_only
+    )
     return normalized
 
 
-def _wants_formula() -> bool:
+def wants_formula() -> bool:
     """Whether a formula of torch's operators must do: forward-mode derivatives, torch.func, export, jit.trace."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return transformed() or torch._C._get_tracing_state() is not None
 
 
-def _formula(
-    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
-) -> Tensor:
+def _formula(rule: Rule, weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, dim: int) -> Tensor:
     """What the operator computes, and the same of complex weights."""
     if torch.is_autocast_enabled(weight.device.type):
         with torch.autocast(weight.device.type, enabled=False):
-            return _formula(weight, u, v, dim, n_power_iterations, eps, v_first)
+            return _formula(rule, weight, u, v, n_power_iterations, dim)
     wide = weight.to(accumulation_dtype(weight.dtype))
     matrix = wide.movedim(dim, 0).flatten(1) if wide.dim() > 1 else wide[:, None]
     if not n_power_iterations:
@@ -79,10 +94,10 @@ def _formula(
         with torch.no_grad():
             constant, new_u, new_v = matrix.detach(), u.to(wide.dtype), v.to(wide.dtype)
             for _ in range(n_power_iterations):
-                if v_first:
+                if rule.v_first:
                     new_v = _unit(torch.mv(constant.mH, new_u), new_v)
                 new_u = _unit(torch.mv(constant, new_v), new_u)
-                if not v_first:
+                if not rule.v_first:
                     new_v = _unit(torch.mv(constant.mH, new_u), new_v)
             if transformed():  # torch.func lets no operator of torch change a captured tensor in place
                 _ops.spectral_norm_store_(u, v, new_u, new_v)
@@ -90,7 +105,10 @@ def _formula(
                 u.copy_(new_u)
                 v.copy_(new_v)
     sigma = (new_u.conj() * torch.mv(matrix, new_v)).sum()
-    return (wide / torch.where(sigma == 0, eps, sigma)).to(weight.dtype)
+    divisor = torch.where(sigma == 0, rule.eps, sigma) / rule.target
+    if rule.shrink_only:
+        divisor = torch.where(sigma.abs() <= rule.target, 1.0, divisor)
+    return (wide / divisor).to(weight.dtype)
 
 
 def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
@@ -107,18 +125,20 @@ class SpectralNorm(_TorchSpectralNorm):
     Buffers, state dict and removal are torch's own, so that either library handles the other's modules.
     """
 
+    v_first = True
+    target = 1.0
+    shrink_only = False
     _module: weakref.ref[nn.Module] | None = None
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
-        """Return W / sigma; with ``do_power_iteration`` update the buffers u and v in place before."""
+        """Return W / divisor(sigma); with ``do_power_iteration`` update the buffers u and v in place before."""
         name = self.name
         buffers: dict[str, Any] = module._buffers  # attributes, found without the detour of Module.__getattr__
-        u, v = buffers[name + "_u"], buffers[name + "_v"]
         weight = module._parameters.get(name + "_orig")
         if weight is None:  # a plain attribute, as in a replica of DataParallel
             weight = getattr(module, name + "_orig")
         iterations = self.n_power_iterations if do_power_iteration else 0
-        return normalized_weight(weight, u, v, self.dim, iterations, self.eps, True)
+        return normalized_weight(self, weight, buffers[name + "_u"], buffers[name + "_v"], iterations)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Give the module its normalized weight; with a power iteration if it is in training mode."""

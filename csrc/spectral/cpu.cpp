@@ -16,10 +16,10 @@ namespace wgan_ext::spectral::WGAN_EXT_LEVEL {
 using namespace wgan_ext::WGAN_EXT_LEVEL;
 namespace {
 
-constexpr int64_t kPieces = 64;      // at most, of one pass; halved for as long as a piece would be smaller than a grain
-constexpr int64_t kGrain = 1 << 15;  // elements of W
-constexpr int64_t kShared = 1 << 18; // elements of W from which all threads work on it
-constexpr int64_t kNarrow = 64;      // rows shorter than this are handled a slab at a time
+constexpr int64_t kPieces = 64;  // at most, of one pass; halved for as long as a piece would be smaller than a grain
+constexpr int64_t kGrain = 1 << 15;   // elements of W
+constexpr int64_t kShared = 1 << 18;  // elements of W from which all threads work on it
+constexpr int64_t kNarrow = 64;       // rows shorter than this are handled a slab at a time
 
 WGAN_EXT_INLINE int64_t align(int64_t n) { return ceil_div(n, 16) * 16; }
 

@@ -422,8 +422,8 @@ unsigned* take_tickets(int64_t count, Cutter& cutter, Stream stream) {
   return tickets;
 }
 
-// The launches of a group of weights. Step i makes one product for each weight that has as many to make; those that want
-// W x are one launch, those that want W^T x another.
+// The launches of a group of weights. Step i makes one product for each weight that has as many to make; those that
+// want W x are one launch, those that want W^T x another.
 template <typename T>
 class Launches {
  public:
@@ -482,8 +482,8 @@ class Launches {
     const Job<T>& job = jobs_[i];
     const Scratch<T>& at = *scratch_[i];
     const Grid grid = rows_grid(job.shape);
-    Product<T> item{job.weight, job.shape, at.s, at.s_length, nullptr, at.t, at.t_length, at.shared, 0, grid.tiles,
-                    grid.splits, packs(i)};
+    Product<T> item{job.weight,  job.shape, at.s, at.s_length, nullptr,     at.t,
+                    at.t_length, at.shared, 0,    grid.tiles,  grid.splits, packs(i)};
     if (step > 0) return item;
     item.x = job.v0;
     item.x_length = nullptr;
@@ -495,8 +495,8 @@ class Launches {
     const Job<T>& job = jobs_[i];
     const Scratch<T>& at = *scratch_[i];
     const Grid grid = columns_grid(job.shape, packs(i) ? kPack<T> : 1);
-    Product<T> item{job.weight, job.shape, at.t, at.t_length, nullptr, at.s, at.s_length, at.shared, 0, grid.tiles,
-                    grid.splits, packs(i)};
+    Product<T> item{job.weight,  job.shape, at.t, at.t_length, nullptr,     at.s,
+                    at.s_length, at.shared, 0,    grid.tiles,  grid.splits, packs(i)};
     if (step > 0) return item;
     item.x = job.u0;
     item.x_length = nullptr;
@@ -508,10 +508,25 @@ class Launches {
     const Scratch<T>& at = *scratch_[i];
     const bool iterated = job.iterations > 0, t_last = job.v_first || !iterated;
     const Length<T>* none = nullptr;
-    return {job.weight, job.shape, job.eps, job.target, iterated ? (t_last ? at.s_length : at.t_length) : none,
-            t_last ? at.t_length : at.s_length, job.u0, job.v0, at.t, at.s, iterated ? at.t_length : none,
-            iterated ? at.s_length : none, job.normalized, job.u, job.v, job.sigma, 0,
-            loop_blocks(elements(job.shape), packs(i) ? kPack<T> : 1), packs(i)};
+    return {job.weight,
+            job.shape,
+            job.eps,
+            job.target,
+            iterated ? (t_last ? at.s_length : at.t_length) : none,
+            t_last ? at.t_length : at.s_length,
+            job.u0,
+            job.v0,
+            at.t,
+            at.s,
+            iterated ? at.t_length : none,
+            iterated ? at.s_length : none,
+            job.normalized,
+            job.u,
+            job.v,
+            job.sigma,
+            0,
+            loop_blocks(elements(job.shape), packs(i) ? kPack<T> : 1),
+            packs(i)};
   }
 
   Job<T> jobs_[kGroup];
@@ -538,10 +553,10 @@ void backward_packs(const T* grad, const T* grad_sigma, const T* weight, Shape s
                     const T* sigma, Target target, T* grad_weight, const Scratch<T>& scratch, Stream stream) {
   const int64_t n = elements(shape);
   if (grad)
-    WGAN_EXT_LAUNCH((inner_product_kernel<T, P>), dim3(static_cast<unsigned>(at_most(loop_blocks(n, P), kBlocks))), kThreads, 0,
-                     stream, grad, weight, n, scratch.product, scratch.shared.sums, scratch.shared.tickets);
-  WGAN_EXT_LAUNCH((gradient_kernel<T, P>), dim3(loop_blocks(n, P)), kThreads, 0, stream, grad, grad_sigma, scratch.product,
-                  shape, u, v, sigma, target, grad_weight);
+    WGAN_EXT_LAUNCH((inner_product_kernel<T, P>), dim3(static_cast<unsigned>(at_most(loop_blocks(n, P), kBlocks))),
+                    kThreads, 0, stream, grad, weight, n, scratch.product, scratch.shared.sums, scratch.shared.tickets);
+  WGAN_EXT_LAUNCH((gradient_kernel<T, P>), dim3(loop_blocks(n, P)), kThreads, 0, stream, grad, grad_sigma,
+                  scratch.product, shape, u, v, sigma, target, grad_weight);
 }
 
 template <typename T>
@@ -555,8 +570,8 @@ void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, 
   unsigned* tickets = take_tickets(tickets_of(shape), cutter, stream);
   const Scratch<T> pieces(shape, tickets, cutter);
   const bool packs = loads_packs(shape, {weight, grad, v, static_cast<const T*>(grad_weight)});
-  (packs ? backward_packs<T, kPack<T>> : backward_packs<T, 1>)(grad, grad_sigma, weight, shape, u, v, sigma,
-                                                               target, grad_weight, pieces, stream);
+  (packs ? backward_packs<T, kPack<T>> : backward_packs<T, 1>)(grad, grad_sigma, weight, shape, u, v, sigma, target,
+                                                               grad_weight, pieces, stream);
 }
 
 template <typename T>

@@ -31,9 +31,9 @@ WGAN_EXT_FORMULA double divisor(Target target, double sigma) {
 }
 
 // One weight to normalize. From u0 [rows] and v0 [columns] `iterations` power iterations are made, each v = N(W^T u),
-// u = N(W v) if v_first, else u = N(W v), v = N(W^T u); N(x) is x / |x|, or the vector as it was where |x| is zero or not
-// finite. Written are u, v, sigma = u . (W v) (a scalar, eps where it is exactly 0), and unless it is null normalized =
-// W / divisor(sigma), in the shape of W.
+// u = N(W v) if v_first, else u = N(W v), v = N(W^T u); N(x) is x / |x|, or the vector as it was where |x| is zero or
+// not finite. Written are u, v, sigma = u . (W v) (a scalar, eps where it is exactly 0), and unless it is null
+// normalized = W / divisor(sigma), in the shape of W.
 template <typename T>
 struct Job {
   const T* weight;
@@ -53,8 +53,8 @@ WGAN_EXT_FORMULA Shape by_rows(Shape s) { return is_transposed(s) ? Shape{1, s.o
 template <typename T>
 WGAN_EXT_FORMULA Job<T> by_rows(Job<T> job) {
   if (!is_transposed(job.shape)) return job;
-  return {job.weight, by_rows(job.shape), job.v0,     job.u0,         job.iterations, !job.v_first,
-          job.eps,    job.target,         job.normalized, job.v, job.u, job.sigma};
+  return {job.weight, by_rows(job.shape), job.v0,         job.u0, job.iterations, !job.v_first,
+          job.eps,    job.target,         job.normalized, job.v,  job.u,          job.sigma};
 }
 
 template <typename T>

@@ -4,12 +4,12 @@
 //   spectral_norm_group     the same of several weights, in one call of the kernels
 //   spectral_norm_sigma     u, v and sigma alone
 //   spectral_norm_backward  the gradient of all of them
-//   spectral_norm_, spectral_norm_group_   W / divisor(sigma), with u and v updated in place
+//   spectral_norm_          W / divisor(sigma), with u and v updated in place
+//   spectral_norm_store_    that update alone
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
@@ -215,7 +215,13 @@ NormalizedGroup forward_group(at::TensorList weight, at::TensorList u, at::Tenso
   std::vector<Request> requests;
   for (size_t i = 0; i < count; ++i) {
     check_same_device(kForward, "weight", weight[i], "the first weight", weight[0]);
-    requests.push_back({weight[i], u[i], v[i], dim[i], n_power_iterations[i], eps[i], v_first[i] != 0,
+    requests.push_back({weight[i],
+                        u[i],
+                        v[i],
+                        dim[i],
+                        n_power_iterations[i],
+                        eps[i],
+                        v_first[i] != 0,
                         {target[i], shrink_only[i] != 0}});
   }
   const std::vector<Work> works = run_all(requests, true);
@@ -262,8 +268,8 @@ Tensor backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& 
     const Tensor scratch = at::empty({kernels.scratch(&shape, 1)}, options);
     kernels.backward(grad ? g.const_data_ptr<T>() : nullptr, grad_sigma ? gs.const_data_ptr<T>() : nullptr,
                      w.const_data_ptr<T>(), shape, u0.const_data_ptr<T>(), v0.const_data_ptr<T>(),
-                     s.const_data_ptr<T>(), {target, shrink_only}, grad_weight.mutable_data_ptr<T>(), scratch.mutable_data_ptr<T>(),
-                     scope.stream());
+                     s.const_data_ptr<T>(), {target, shrink_only}, grad_weight.mutable_data_ptr<T>(),
+                     scratch.mutable_data_ptr<T>(), scope.stream());
   });
   return in_layout_of(weight, grad_weight);
 }
@@ -403,8 +409,8 @@ NormalizedGroup forward_group_autograd(at::TensorList weight, at::TensorList u, 
   auto& [normalized, new_u, new_v, sigma] = group;
   for (size_t i = 0; i < weight.size(); ++i)
     if (wants_grad(weight[i]))
-      std::tie(normalized[i], new_u[i], new_v[i], sigma[i]) = attached(
-          weight[i], {normalized[i], new_u[i], new_v[i], sigma[i]}, dim[i], target[i], shrink_only[i] != 0);
+      std::tie(normalized[i], new_u[i], new_v[i], sigma[i]) =
+          attached(weight[i], {normalized[i], new_u[i], new_v[i], sigma[i]}, dim[i], target[i], shrink_only[i] != 0);
   return group;
 }
 
@@ -422,7 +428,6 @@ Tensor backward_autograd(const std::optional<Tensor>& grad, const std::optional<
 // ---- with u and v updated in place, as the buffers of a module are
 
 void store(const Tensor& u, const Tensor& v, const Tensor& new_u, const Tensor& new_v) {
-  const at::AutoDispatchBelowAutograd guard;  // none of them has a graph
   u.copy_(new_u);
   v.copy_(new_v);
 }
@@ -432,22 +437,8 @@ Tensor forward_in_place(const Tensor& weight, const Tensor& u, const Tensor& v, 
   static const auto op = operator_called<decltype(forward)>("wgan_ext::spectral_norm");
   const auto [normalized, new_u, new_v, sigma] =
       op.call(weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only);
+  const at::AutoDispatchBelowAutograd guard;  // the vectors have no graph
   if (n_power_iterations > 0) store(u, v, new_u, new_v);
-  return normalized;
-}
-
-std::vector<Tensor> forward_group_in_place(at::TensorList weight, at::TensorList u, at::TensorList v,
-                                           at::IntArrayRef dim, at::IntArrayRef n_power_iterations,
-                                           at::ArrayRef<double> eps, at::IntArrayRef v_first,
-                                           at::ArrayRef<double> target, at::IntArrayRef shrink_only) {
-  static const auto op = operator_called<decltype(forward_group)>("wgan_ext::spectral_norm_group");
-  const auto [normalized, new_u, new_v, sigma] =
-      op.call(weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only);
-  const at::AutoDispatchBelowAutograd guard;
-  std::vector<Tensor> to(u.begin(), u.end()), from(new_u);
-  to.insert(to.end(), v.begin(), v.end());
-  from.insert(from.end(), new_v.begin(), new_v.end());
-  at::_foreach_copy_(to, from);
   return normalized;
 }
 
@@ -473,7 +464,7 @@ TORCH_LIBRARY_IMPL(wgan_ext, Autograd, m) {
 }
 TORCH_LIBRARY_IMPL(wgan_ext, CompositeImplicitAutograd, m) {
   m.impl("spectral_norm_", forward_in_place);
-  m.impl("spectral_norm_group_", forward_group_in_place);
+  m.impl("spectral_norm_store_", store);
 }
 
 }  // namespace wgan_ext::spectral
