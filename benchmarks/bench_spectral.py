@@ -29,7 +29,7 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
     "ConvTranspose2d(512, 256, 4)": lambda: [nn.ConvTranspose2d(512, 256, 4)],
     "critic of 8 layers": sndcgan,
 }
-LIBRARIES = {"wgan_ext": wgan_ext.spectral_norm, "torch": torch_utils.spectral_norm}
+FUSED = "critic of 8 layers, fused"
 
 
 class Layers:
@@ -51,11 +51,31 @@ class Layers:
         torch.autograd.backward([layer.weight for layer in self.layers], self.grads)
 
 
+class FusedLayers(Layers):
+    """The same of a fused model: its hooks besides."""
+
+    def __init__(self, layers: list[nn.Module], normalize: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__(layers, normalize)
+        self.model = nn.ModuleList(self.layers)
+        wgan_ext.fuse_spectral_norm_(self.model)
+        (self.begin,) = self.model._forward_pre_hooks.values()
+        (self.finish,) = self.model._forward_hooks.values()
+
+    def forward(self) -> None:
+        self.begin(self.model, ())
+        super().forward()
+        self.finish(self.model, (), None)
+
+
 @pytest.mark.parametrize("call", ["forward", "forward_backward"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, FUSED])
 def test_spectral_norm(name: str, call: str, device: torch.device, contest: Any) -> None:
-    layers = [layer.to(device) for layer in LAYERS[name]()]
-    contestants = {library: Layers(layers, normalize) for library, normalize in LIBRARIES.items()}
+    layers = [layer.to(device) for layer in (sndcgan() if name == FUSED else LAYERS[name]())]
+    ours_kind = FusedLayers if name == FUSED else Layers
+    contestants = {
+        "wgan_ext": ours_kind(layers, wgan_ext.spectral_norm),
+        "torch": Layers(layers, torch_utils.spectral_norm),
+    }
     ours, theirs = contestants["wgan_ext"], contestants["torch"]
     for a, b in zip(ours.layers, theirs.layers, strict=True):
         a.load_state_dict(b.state_dict())

@@ -5,11 +5,13 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
+#include <iterator>
+#include <list>
+#include <map>
 #include <mutex>
-#include <unordered_map>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -18,37 +20,31 @@
 namespace wgan_ext {
 namespace {
 
-constexpr size_t kPage = 2 << 20;    // a huge page
-constexpr size_t kLarge = 16 << 20;  // malloc keeps smaller blocks itself
+constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kPage = 4 << 10;
+constexpr size_t kLarge = 64 << 10;
 
-// What the system is told of a block; advice, so where it fails nothing is lost.
-void wants_huge_pages(void* block, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  madvise(block, bytes, MADV_HUGEPAGE);
-#endif
-}
-void contents_are_void(void* block, size_t bytes) {
-#if defined(MADV_FREE)
-  madvise(block, bytes, MADV_FREE);
-#endif
+size_t rounded(size_t bytes) {
+  const size_t page = bytes < 4 * kHugePage ? kPage : kHugePage;
+  return (bytes + page - 1) / page * page;
 }
 
 class Blocks final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kLarge) return c10::GetDefaultCPUAllocator()->allocate(bytes);
-    void* block = take((bytes + kPage - 1) / kPage * kPage);
-    c10::profiledCPUMemoryReporter().New(block, bytes);
-    return {block, block, &give_back, at::kCPU};
+    auto* block = new Block{take(rounded(bytes)), rounded(bytes)};
+    c10::profiledCPUMemoryReporter().New(block->memory, bytes);
+    return {block->memory, block, &give_back, at::kCPU};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }  // that of a small block is another
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }  // what it is given is no memory but a Block
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
   size_t empty() {
     const std::lock_guard lock(mutex_);
     const size_t freed = bytes_kept_;
     keep_at_most(0);
-    most_ = bytes_in_use_;
+    most_in_use_ = bytes_in_use_;
     return freed;
   }
 
@@ -58,61 +54,71 @@ class Blocks final : public c10::Allocator {
   }
 
  private:
+  struct Block {
+    void* memory;
+    size_t bytes;
+  };
+  using Kept = std::list<Block>;
+
   void* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
-    void* block = nullptr;
-    for (auto kept = kept_.rbegin(); kept != kept_.rend() && !block; ++kept)
-      if (sizes_.at(*kept) == bytes) {
-        block = *kept;
-        kept_.erase(std::next(kept).base());
-        bytes_kept_ -= bytes;
-      }
+    void* memory = nullptr;
+    if (const auto found = by_size_.find(bytes); found != by_size_.end()) {
+      memory = found->second->memory;
+      forget(found);
+    }
     bytes_in_use_ += bytes;
-    if (bytes_in_use_ > most_) most_ = bytes_in_use_;
-    keep_at_most(most_ - bytes_in_use_);
-    if (block) return block;
-    block = std::aligned_alloc(kPage, bytes);
-    if (!block) {
+    most_in_use_ = std::max(most_in_use_, bytes_in_use_);
+    if (memory) return memory;
+    memory = std::aligned_alloc(bytes % kHugePage == 0 ? kHugePage : kPage, bytes);
+    if (!memory) {
       bytes_in_use_ -= bytes;
       TORCH_CHECK_WITH(OutOfMemoryError, false, "wgan_ext: no memory for a result of ", bytes, " bytes");
     }
-    wants_huge_pages(block, bytes);
-    sizes_[block] = bytes;
-    return block;
+#if defined(MADV_HUGEPAGE)
+    if (bytes % kHugePage == 0) madvise(memory, bytes, MADV_HUGEPAGE);  // advice: where it fails nothing is lost
+#endif
+    return memory;
   }
 
-  static void give_back(void* block) {
+  static void give_back(void* context) {
+    auto* block = static_cast<Block*>(context);
+    c10::profiledCPUMemoryReporter().Delete(block->memory);
     Blocks& blocks = instance();
-    c10::profiledCPUMemoryReporter().Delete(block);
     const std::lock_guard lock(blocks.mutex_);
-    const size_t bytes = blocks.sizes_.at(block);
-    contents_are_void(block, bytes);
-    blocks.bytes_in_use_ -= bytes;
-    blocks.bytes_kept_ += bytes;
-    blocks.kept_.push_back(block);
+    blocks.bytes_in_use_ -= block->bytes;
+    blocks.bytes_kept_ += block->bytes;
+    blocks.kept_.push_back(*block);
+    blocks.by_size_.emplace(block->bytes, std::prev(blocks.kept_.end()));
+    blocks.keep_at_most(blocks.most_in_use_);
+    delete block;
   }
 
-  void keep_at_most(size_t bytes) {  // drops those that were given back first
+  void forget(std::multimap<size_t, Kept::iterator>::iterator entry) {
+    bytes_kept_ -= entry->first;
+    kept_.erase(entry->second);
+    by_size_.erase(entry);
+  }
+
+  void keep_at_most(size_t bytes) {  // frees those that were given back first
     while (bytes_kept_ > bytes) {
-      void* block = kept_.front();
-      kept_.pop_front();
-      bytes_kept_ -= sizes_.at(block);
-      sizes_.erase(block);
-      std::free(block);
+      auto [entry, end] = by_size_.equal_range(kept_.front().bytes);
+      while (entry->second != kept_.begin()) ++entry;
+      std::free(kept_.front().memory);
+      forget(entry);
     }
   }
 
   std::mutex mutex_;
-  std::deque<void*> kept_;
-  std::unordered_map<void*, size_t> sizes_;  // of all blocks
-  size_t bytes_kept_ = 0, bytes_in_use_ = 0, most_ = 0;
+  Kept kept_;  // in the order in which they were given back
+  std::multimap<size_t, Kept::iterator> by_size_;
+  size_t bytes_kept_ = 0, bytes_in_use_ = 0, most_in_use_ = 0;
 };
 
 }  // namespace
 
 at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  if (!options.device().is_cpu() || bytes < kLarge) return at::empty(sizes, options);
+  if (!options.device().is_cpu()) return at::empty(sizes, options);
   return at::detail::empty_generic(sizes, &Blocks::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }

@@ -6,8 +6,7 @@
 
 namespace wgan_ext {
 
-// at::empty, with kept blocks for large results on the CPU. The blocks kept and those in use never exceed together what
-// was once in use at the same time, and the system may take the contents of kept ones when it runs short of memory.
+// at::empty, with kept blocks for all but small results on the CPU. No more bytes are kept than were once in use.
 at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // Frees the blocks that are kept; returns their bytes.

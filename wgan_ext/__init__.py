@@ -14,9 +14,11 @@ from ._build import BuildInfo, build_info
 from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
+from .memory import empty_cache
 from .penalty import GradientPenalty, gradient_penalty
 from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
 from .spectral import remove_spectral_norm, spectral_norm
+from .spectral_group import fuse_spectral_norm_
 from .wgan_gp import CriticLoss, CriticLossParts, wgan_gp_loss
 
 __version__ = "0.1.0"
@@ -31,7 +33,9 @@ __all__ = [
     "build_info",
     "clip_weights_",
     "critic_loss",
+    "empty_cache",
     "explain",
+    "fuse_spectral_norm_",
     "gan_critic_loss",
     "gan_generator_loss",
     "generator_loss",

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from ._checks import accumulation_dtype
 from ._distributed import refuse_sharded_weight
-from .spectral import checked_options, normalized_weight
+from .spectral import PENDING, checked_options, normalized_weight, take_pending
 
 __all__ = ["spectral_norm"]
 
@@ -36,6 +36,10 @@ class _SpectralNorm(_TorchSpectralNorm):
             wide = weight.to(accumulation_dtype(weight.dtype))
             return nn.functional.normalize(wide, dim=0, eps=self.eps).to(weight.dtype)
         iterations = self.n_power_iterations if self.training else 0
+        if not torch.compiler.is_compiling() and PENDING in self.__dict__:
+            found = take_pending(self, "weight", weight, iterations)
+            if found is not None:
+                return found
         buffers: dict[str, Any] = self._buffers  # found without the detour of Module.__getattr__
         return normalized_weight(self, weight, buffers["_u"], buffers["_v"], iterations)
 

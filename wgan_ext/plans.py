@@ -7,11 +7,13 @@ arguments, and the global and enclosing variables that forwards read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from . import _ops, lowering
 from ._distributed import wrapped_layer
+from .spectral_group import group_of
 from .states import frozen, outside_variables, plain_attributes, state_of, value_of
 from .tracing import (
     WEIGHT_HOOKS,
@@ -171,6 +174,7 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
     first = tensors_in(x)[0]
     batch = first.shape[0]
     variables, blame = outside_variables(critic)
+    grouped = [path for path, module in critic.named_modules() if group_of(module) is not None]
     made = Trace()
     with (
         torch.inference_mode(False),
@@ -184,6 +188,7 @@ def _make(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
             some = map_leaves(functools.partial(_rows, batch=batch, n=n), (x, args, kwargs))
             traces.append(trace(critic, some[0], some[1], some[2], computed, lowering.HANDLERS))
         made = traces[0] if traces[0].obstacle else traces[1]
+        made.grouped = grouped
         if not made.obstacle and drawn():
             made.obstacle = "its forward draws random numbers"
         if not made.obstacle and state_of(critic) != before:
@@ -298,9 +303,23 @@ def read_parameters(
     if plan.plain is not None and not torch.compiler.is_compiling():  # which knows no weak references
         return [module()._parameters[name] for module, name in plan.plain]  # type: ignore[union-attr, misc]
     if not torch.compiler.is_compiling():
-        with _lock:  # another thread, tracing, may have put the weights aside
+        with _lock, _layers_together(plan, critic, hooks):  # another thread, tracing, may have put the weights aside
             return _read(plan, critic, args, kwargs, batch, copies, hooks)
     return _read(plan, critic, args, kwargs, batch, copies, hooks)
+
+
+@contextlib.contextmanager
+def _layers_together(plan: Plan, critic: nn.Module, hooks: bool) -> Iterator[None]:
+    """What the hooks of fused spectral norms do around a forward."""
+    modules = [_module(plan, critic, path) for path in plan.trace.grouped] if hooks else []
+    groups = [(group, module) for module in modules if (group := group_of(module)) is not None]
+    for group, module in groups:
+        group.begin(module)
+    try:
+        yield
+    finally:
+        for group, module in groups:
+            group.finish(module)
 
 
 def _read(

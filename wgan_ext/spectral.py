@@ -6,6 +6,7 @@ Miyato et al., Spectral Normalization for Generative Adversarial Networks (arXiv
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import weakref
 from typing import Any, Protocol, TypeVar
@@ -119,6 +120,51 @@ def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where((size > 0) & norm.isfinite(), x / norm, otherwise)
 
 
+PENDING = "_spectral_norm_pending"
+"""The attribute in which a module keeps, by name, what a group has found for it: see ``spectral_group``."""
+
+
+@dataclasses.dataclass
+class Pending:
+    """A normalized weight that was found for a layer before its forward, and the vectors that are still to be stored.
+
+    It is good for one use of the layer, and only if that would find the same: the weight unchanged, and as many
+    iterations to be made.
+    """
+
+    normalized: Tensor
+    u: Tensor
+    v: Tensor
+    weight: Tensor
+    version: int
+    buffers: tuple[Tensor, Tensor]
+    iterations: int
+    taken: bool = False
+
+    def serves(self, weight: Tensor, iterations: int) -> bool:
+        return (
+            not self.taken
+            and weight is self.weight
+            and weight._version == self.version
+            and iterations == self.iterations
+            and (self.normalized.requires_grad or not (weight.requires_grad and torch.is_grad_enabled()))
+        )
+
+
+def take_pending(owner: nn.Module, name: str, weight: Tensor, iterations: int) -> Tensor | None:
+    """Return the normalized weight that was found for this use of a layer, if there is one."""
+    pending: Pending | None = owner.__dict__[PENDING].get(name)
+    if pending is None:
+        return None
+    if pending.serves(weight, iterations):
+        pending.taken = True
+        return pending.normalized
+    del owner.__dict__[PENDING][name]
+    if pending.taken and pending.iterations:  # the layer is used again: its vectors go on from the first use
+        _ops.spectral_norm_store_(*pending.buffers, pending.u, pending.v)
+    return None
+
+
 class SpectralNorm(_TorchSpectralNorm):
     """Torch's hook, with everything between the buffers and the normalized weight done by one operator.
 
@@ -138,16 +184,28 @@ class SpectralNorm(_TorchSpectralNorm):
         if weight is None:  # a plain attribute, as in a replica of DataParallel
             weight = getattr(module, name + "_orig")
         iterations = self.n_power_iterations if do_power_iteration else 0
+        if not torch.compiler.is_compiling() and PENDING in module.__dict__:
+            found = take_pending(module, name, weight, iterations)
+            if found is not None:
+                return found
         return normalized_weight(self, weight, buffers[name + "_u"], buffers[name + "_v"], iterations)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Give the module its normalized weight; with a power iteration if it is in training mode."""
-        weight = self.compute_weight(module, module.training)
-        name = self.name
-        if name in module._parameters or name in module._buffers:
-            setattr(module, name, weight)  # someone registered the name anew: Module says what is wrong with that
+        name, attributes = self.name, module.__dict__
+        if name in module._parameters or name in module._buffers:  # registered anew: Module says what is wrong with it
+            setattr(module, name, self.compute_weight(module, module.training))
+        elif torch.compiler.is_compiling():
+            object.__setattr__(module, name, self.compute_weight(module, module.training))
+        elif module.training and name in attributes:
+            attributes[name] = None  # the memory of the last weight, which is still in cache, can serve the next
+            try:
+                attributes[name] = self.compute_weight(module, True)
+            finally:
+                if attributes[name] is None:
+                    attributes[name] = getattr(module, name + "_orig").data
         else:
-            object.__setattr__(module, name, weight)
+            attributes[name] = self.compute_weight(module, module.training)
         if self._module is None:
             self._module = weakref.ref(module)
 

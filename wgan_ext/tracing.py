@@ -28,6 +28,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ._ops import Kind
+from .spectral_group import group_of, is_group_hook
 
 # Forward pre-hooks that only set a parameter of their module, whatever its input: the engine runs them itself.
 WEIGHT_HOOKS = (SpectralNorm, WeightNorm)
@@ -78,6 +79,8 @@ class Trace:
     steps: list[Step] = dataclasses.field(default_factory=list)
     hooked: list[str] = dataclasses.field(default_factory=list)
     """The modules with hooks that compute a weight before they run."""
+    grouped: list[str] = dataclasses.field(default_factory=list)
+    """The modules whose layers are normalized together."""
     images: bool = False
     """Whether there is a 2-D convolution."""
 
@@ -138,11 +141,11 @@ def describe(module: nn.Module) -> str:
 
 def hooked(module: nn.Module) -> str:
     """Which hook keeps a module from being replaced by what its forward computes, or an empty string."""
-    if module._forward_hooks:
+    if not all(map(is_group_hook, module._forward_hooks.values())):
         return "has a forward hook"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has a backward hook"
-    if not all(isinstance(hook, WEIGHT_HOOKS) for hook in module._forward_pre_hooks.values()):
+    if not all(isinstance(hook, WEIGHT_HOOKS) or is_group_hook(hook) for hook in module._forward_pre_hooks.values()):
         return "has a forward pre-hook"
     return ""
 
@@ -168,6 +171,8 @@ def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
     try:
         with torch.no_grad():
             for module in modules:
+                if group_of(module) is not None:
+                    undo.append(_set_group_aside(module))
                 if parametrize.is_parametrized(module):
                     undo.append(_freeze_parametrizations(module))
                     computed[module] = False
@@ -176,7 +181,7 @@ def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
                     computed[module] = True
         yield computed
     finally:
-        for restore in undo:
+        for restore in reversed(undo):
             restore()
         with torch.no_grad():
             for buffer, version, value in buffers:
@@ -235,6 +240,21 @@ def _freeze_parametrizations(module: nn.Module) -> Callable[[], None]:
         for name in weights:
             del module.__dict__[name]
         module.__class__ = kind
+
+    return restore
+
+
+def _set_group_aside(module: nn.Module) -> Callable[[], None]:
+    places: list[Any] = [module._forward_pre_hooks, module._forward_hooks]
+    before = [copy.copy(place) for place in places]
+    for place in places:
+        for key in [key for key, hook in place.items() if is_group_hook(hook)]:
+            del place[key]
+
+    def restore() -> None:
+        for place, contents in zip(places, before, strict=True):
+            place.clear()
+            place.update(contents)
 
     return restore
 

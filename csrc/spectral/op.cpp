@@ -125,9 +125,9 @@ struct Work {
     u0 = operand(request.u, type);
     v0 = operand(request.v, type);
     if (with_normalized) normalized = empty_result(weight.sizes(), options);
-    u = at::empty(u0.sizes(), options);
-    v = at::empty(v0.sizes(), options);
-    sigma = at::empty({}, options);
+    u = empty_result(u0.sizes(), options);
+    v = empty_result(v0.sizes(), options);
+    sigma = empty_result({}, options);
   }
 
   template <typename T>
@@ -171,7 +171,7 @@ void run(const std::vector<Request>& requests, const std::vector<Work>& works) {
   const Tensor& first = works[order[0]].weight;
   const auto& kernels = kernels_for<Kernels<T>>(kForward, first);
   const auto count = static_cast<int64_t>(jobs.size());
-  const Tensor scratch = at::empty({kernels.scratch(shapes.data(), count)}, first.options());
+  const Tensor scratch = empty_result({kernels.scratch(shapes.data(), count)}, first.options());
   kernels.normalize(jobs.data(), count, scratch.mutable_data_ptr<T>(), DeviceScope(first).stream());
 }
 
@@ -265,7 +265,7 @@ Tensor backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& 
     const auto& kernels = kernels_for<Kernels<T>>(kBackward, weight);
     const Tensor w = operand(weight, type), u0 = operand(u, type), v0 = operand(v, type), s = operand(sigma, type);
     const Tensor g = grad ? operand(*grad, type) : Tensor(), gs = grad_sigma ? operand(*grad_sigma, type) : Tensor();
-    const Tensor scratch = at::empty({kernels.scratch(&shape, 1)}, options);
+    const Tensor scratch = empty_result({kernels.scratch(&shape, 1)}, options);
     kernels.backward(grad ? g.const_data_ptr<T>() : nullptr, grad_sigma ? gs.const_data_ptr<T>() : nullptr,
                      w.const_data_ptr<T>(), shape, u0.const_data_ptr<T>(), v0.const_data_ptr<T>(),
                      s.const_data_ptr<T>(), {target, shrink_only}, grad_weight.mutable_data_ptr<T>(),
