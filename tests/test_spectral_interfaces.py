@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import operator
 from collections.abc import Callable
@@ -234,6 +235,11 @@ def test_results_of_two_forwards_share_no_vectors(api: Interface) -> None:
 # ---- names, keys, checkpoints
 
 
+def test_signature(api: Interface) -> None:
+    ours, theirs = (inspect.signature(f).parameters.values() for f in (api.ours, api.theirs))
+    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
+
+
 @pytest.mark.parametrize("case", MODULES)
 def test_names_shapes_and_metadata_are_torchs(api: Interface, case: str) -> None:
     make, name, _ = MODULES[case]
@@ -272,17 +278,16 @@ def test_dim(api: Interface, make: Callable[[], nn.Module], dim: int | None) -> 
 def test_initial_vectors_are_torchs(api: Interface) -> None:
     """From one seed; the parametrization's have 15 iterations behind them, and the one of its registration."""
     for dtype, tolerance in ((DOUBLE, 1e-13), (torch.float32, 1e-6)):
-        module = linear().to(dtype)
-        states = []
-        for normalize in (api.theirs, api.ours):
-            torch.manual_seed(5)
-            states.append(normalize(copy.deepcopy(module)).state_dict())
-        torch.testing.assert_close(*states, rtol=0, atol=tolerance)
-        training = [
-            [m.training for m in normalize(copy.deepcopy(module).eval()).modules()]
-            for normalize in (api.theirs, api.ours)
-        ]
-        assert training[0] == training[1]
+        for train in (True, False):
+            module = linear().to(dtype).train(train)
+            states, modes = [], []
+            for normalize in (api.theirs, api.ours):
+                torch.manual_seed(5)
+                normalized = normalize(copy.deepcopy(module))
+                states.append(normalized.state_dict())
+                modes.append([m.training for m in normalized.modules()])
+            torch.testing.assert_close(*states, rtol=0, atol=tolerance)
+            assert modes[0] == modes[1]
 
 
 def test_checkpoints_go_both_ways(api: Interface) -> None:
@@ -424,6 +429,18 @@ def test_replicas_share_the_buffers(api: Interface) -> None:
         (replicas[0](X.double()) - replicas[1](X.double()) ** 2).sum().backward()
         assert not torch.equal(api.get("u", module), before)
         results.append([api.get("original", module).grad, api.get("u", module), api.get("v", module)])
+    torch.testing.assert_close(*results)
+
+
+def test_functional_calls_iterate_on_the_buffers_that_are_given(api: Interface) -> None:
+    results = []
+    for module in api.pair(lambda: linear().double()):
+        before = copy.deepcopy(module.state_dict())
+        given = {key: value.clone() for key, value in module.state_dict().items()}
+        results.append([functional_call(module, given, (X.double(),)), given])
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, before[key])
+        assert not torch.equal(given[api.key("u")], before[api.key("u")])
     torch.testing.assert_close(*results)
 
 
