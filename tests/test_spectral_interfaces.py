@@ -90,6 +90,11 @@ def assert_same_states(a: nn.Module, b: nn.Module, **tolerances: float) -> None:
         torch.testing.assert_close(first[key], second[key], **tolerances, msg=lambda m, key=key: f"{key}: {m}")
 
 
+def formula_or_operator(formula: bool) -> Any:
+    """Within it our module takes the formula of torch's operators, or the operator."""
+    return forward_ad.dual_level() if formula else torch.enable_grad()
+
+
 # ---- training and evaluation
 
 Case = tuple[Callable[[], nn.Module], str, Callable[[], tuple[Any, ...]]]
@@ -230,6 +235,18 @@ def test_results_of_two_forwards_share_no_vectors(api: Interface) -> None:
             module(separate).square().sum().backward()
         assert not torch.equal(state[api.key("u")], api.get("u", module))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("formula", [True, False])
+def test_an_evaluation_shares_no_vectors_with_training(api: Interface, formula: bool) -> None:
+    """Torch's hook refuses the backward pass: its evaluations use the buffers themselves."""
+    _, module = api.pair(linear)
+    with formula_or_operator(formula):
+        loss = module.eval()(X).square().sum()
+        (expected,) = torch.autograd.grad(loss, api.get("original", module), retain_graph=True)
+        module.train()(X)
+        loss.backward()
+    torch.testing.assert_close(api.get("original", module).grad, expected)
 
 
 # ---- names, keys, checkpoints
@@ -553,11 +570,6 @@ def test_forward_mode(api: Interface, train: bool) -> None:
 
 
 # ---- weights that are zero, not finite, of extreme size or of half precision
-
-
-def formula_or_operator(formula: bool) -> Any:
-    """Within it our module takes the formula of torch's operators, or the operator."""
-    return forward_ad.dual_level() if formula else torch.enable_grad()
 
 
 @pytest.mark.parametrize("formula", [True, False])

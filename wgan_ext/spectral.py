@@ -95,10 +95,9 @@ def _formula(
 
 def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
     """Return x / |x|, or the other vector where |x| is zero or not finite."""
-    size = x.abs().sum()
-    x = x / size  # so that no square leaves the range of floating-point numbers
+    x = x / x.abs().sum()  # so that no square leaves the range of floating-point numbers; NaN for a vector of zeros
     norm = torch.linalg.vector_norm(x)
-    return torch.where((size > 0) & norm.isfinite(), x / norm, otherwise)
+    return torch.where(norm.isfinite(), x / norm, otherwise)
 
 
 class SpectralNorm(_TorchSpectralNorm):
