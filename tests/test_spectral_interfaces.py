@@ -503,8 +503,9 @@ def transforms(scores: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Te
     def loss(weight: Tensor, x: Tensor) -> Tensor:
         return scores(weight, x).square().sum()
 
+    gradient = torch.func.grad
     return {
-        "grad": lambda: torch.func.grad(loss)(weight, x),
+        "grad": lambda: gradient(loss)(weight, x),
         "vjp": lambda: torch.func.vjp(lambda w: scores(w, x), weight)[0],
         "jacrev": lambda: torch.func.jacrev(scores)(weight, x),
         "gradient of each sample": lambda: torch.vmap(torch.func.grad(loss), (None, 0))(weight, x),
@@ -513,14 +514,17 @@ def transforms(scores: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Te
         "gradient of each weight": lambda: torch.vmap(torch.func.grad(loss), (0, None))(weights, x),
         "jvp": lambda: torch.func.jvp(lambda w: scores(w, x), (weight,), (tangent,)),
         "jacfwd": lambda: torch.func.jacfwd(scores)(weight, x),
+        "gradient of a penalty": lambda: torch.func.grad(lambda w: gradient(loss, 1)(w, x).square().sum())(weight),
+        "gradient of a gradient": lambda: torch.func.grad(lambda w: gradient(loss)(w, x).square().sum())(weight),
+        "forward over reverse": lambda: torch.func.jvp(lambda w: gradient(loss)(w, x), (weight,), (tangent,)),
         "hessian": lambda: torch.func.hessian(loss)(weight, x),
     }
 
 
 TRANSFORMS = list(transforms(lambda w, x: w, X, X))
-NOT_TORCHS_IN_TRAINING = ("jvp", "jacfwd")  # torch refuses out= in forward mode
-# One u and v for many weights; buffers of an outer transform.
-NOBODYS_IN_TRAINING = ("vmap over weights", "gradient of each weight", "hessian")
+# torch refuses out= in forward mode
+NOT_TORCHS_IN_TRAINING = ("jvp", "jacfwd", "forward over reverse", "hessian")
+NOBODYS_IN_TRAINING = ("vmap over weights", "gradient of each weight")  # one u and v for many weights
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

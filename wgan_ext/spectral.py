@@ -84,11 +84,8 @@ def _formula(
                 new_u = _unit(torch.mv(constant, new_v), new_u)
                 if not v_first:
                     new_v = _unit(torch.mv(constant.mH, new_u), new_v)
-            if transformed():  # torch.func lets no operator of torch change a captured tensor in place
-                _ops.spectral_norm_store_(u, v, new_u, new_v)
-            else:
-                u.copy_(new_u)
-                v.copy_(new_v)
+            for buffer, vector in ((u, new_u), (v, new_v)):
+                torch.mul(vector, 1, out=buffer)  # a copy; to a captured tensor torch.func lets only out= write
     sigma = (new_u.conj() * torch.mv(matrix, new_v)).sum()
     return (wide / torch.where(sigma == 0, eps, sigma)).to(weight.dtype)
 
