@@ -251,8 +251,11 @@ def test_an_evaluation_shares_no_vectors_with_training(api: Interface, formula: 
 
 
 def test_signature(api: Interface) -> None:
-    ours, theirs = (inspect.signature(f).parameters.values() for f in (api.ours, api.theirs))
-    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
+    """Torch's, and options of our own by keyword alone."""
+    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (api.ours, api.theirs))
+    shared = ours[: len(theirs)]
+    assert [(p.name, p.kind, p.default) for p in shared] == [(p.name, p.kind, p.default) for p in theirs]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
 @pytest.mark.parametrize("case", MODULES)
