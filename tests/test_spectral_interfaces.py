@@ -326,10 +326,12 @@ def test_checkpoints_go_both_ways(api: Interface) -> None:
 
 @pytest.mark.parametrize("missing", ["original", "u", "v"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_missing_keys_are_torchs(api: Interface, missing: str, strict: bool) -> None:
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_missing_keys_are_torchs(api: Interface, missing: str, strict: bool, with_metadata: bool) -> None:
+    """Without metadata a state dict counts as one of the hook's version 0."""
     results: list[Any] = []
     for module in api.pair(linear):
-        state = module.state_dict()
+        state: Any = module.state_dict() if with_metadata else dict(module.state_dict())
         del state[api.key(missing)]
         state["surplus"] = torch.ones(1)
         try:
