@@ -1,4 +1,4 @@
-"""Spectral normalization of one layer, and of a whole critic, against torch.nn.utils.spectral_norm."""
+"""Spectral normalization of one layer, and of a whole critic, against torch's two interfaces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import utils as torch_utils
 
 import wgan_ext
@@ -28,31 +28,39 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
     "Conv2d(256, 512, 4)": lambda: [nn.Conv2d(256, 512, 4)],
     "ConvTranspose2d(512, 256, 4)": lambda: [nn.ConvTranspose2d(512, 256, 4)],
     "critic of 8 layers": sndcgan,
+    "critic of 8 layers, fused": sndcgan,
 }
-FUSED = "critic of 8 layers, fused"
+INTERFACES: dict[str, dict[str, Callable[[nn.Module], nn.Module]]] = {
+    "spectral_norm": {"wgan_ext": wgan_ext.spectral_norm, "torch": torch_utils.spectral_norm},
+    "parametrizations.spectral_norm": {
+        "wgan_ext": wgan_ext.parametrizations.spectral_norm,
+        "torch": torch_utils.parametrizations.spectral_norm,
+    },
+}
 
 
 class Layers:
-    """The normalization alone of some layers: their pre-hooks, and backward from given gradients of their weights."""
+    """The normalization alone of some layers: their weights, and backward from given gradients of these."""
 
     def __init__(self, layers: list[nn.Module], normalize: Callable[[nn.Module], nn.Module]) -> None:
         self.layers = [normalize(copy.deepcopy(layer)) for layer in layers]
-        self.hooks = [next(iter(layer._forward_pre_hooks.values())) for layer in self.layers]
-        self.grads = [torch.ones_like(layer.weight_orig) for layer in self.layers]
+        self.originals = [p for layer in self.layers for name, p in layer.named_parameters() if "weight" in name]
+        self.grads = [torch.ones_like(original) for original in self.originals]
 
-    def forward(self) -> None:
-        for layer, hook in zip(self.layers, self.hooks, strict=True):
-            hook(layer, ())
+    def forward(self) -> list[Tensor]:
+        for layer in self.layers:
+            for hook in layer._forward_pre_hooks.values():
+                hook(layer, ())
+        return [layer.weight for layer in self.layers]
 
     def forward_backward(self) -> None:
-        self.forward()
-        for layer in self.layers:
-            layer.weight_orig.grad = None
-        torch.autograd.backward([layer.weight for layer in self.layers], self.grads)
+        for original in self.originals:
+            original.grad = None
+        torch.autograd.backward(self.forward(), self.grads)
 
 
 class FusedLayers(Layers):
-    """The same of a fused model: its hooks besides."""
+    """The same of a fused model."""
 
     def __init__(self, layers: list[nn.Module], normalize: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__(layers, normalize)
@@ -61,29 +69,27 @@ class FusedLayers(Layers):
         (self.begin,) = self.model._forward_pre_hooks.values()
         (self.finish,) = self.model._forward_hooks.values()
 
-    def forward(self) -> None:
+    def forward(self) -> list[Tensor]:
         self.begin(self.model, ())
-        super().forward()
+        weights = super().forward()
         self.finish(self.model, (), None)
+        return weights
 
 
 @pytest.mark.parametrize("call", ["forward", "forward_backward"])
-@pytest.mark.parametrize("name", [*LAYERS, FUSED])
-def test_spectral_norm(name: str, call: str, device: torch.device, contest: Any) -> None:
-    layers = [layer.to(device) for layer in (sndcgan() if name == FUSED else LAYERS[name]())]
-    ours_kind = FusedLayers if name == FUSED else Layers
-    contestants = {
-        "wgan_ext": ours_kind(layers, wgan_ext.spectral_norm),
-        "torch": Layers(layers, torch_utils.spectral_norm),
-    }
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_spectral_norm(interface: str, name: str, call: str, device: torch.device, contest: Any) -> None:
+    layers = [layer.to(device) for layer in LAYERS[name]()]
+    kinds = {"wgan_ext": FusedLayers if name.endswith("fused") else Layers, "torch": Layers}
+    contestants = {library: kinds[library](layers, normalize) for library, normalize in INTERFACES[interface].items()}
     ours, theirs = contestants["wgan_ext"], contestants["torch"]
     for a, b in zip(ours.layers, theirs.layers, strict=True):
         a.load_state_dict(b.state_dict())
     for contestant in contestants.values():
         contestant.forward_backward()
-    for a, b in zip(ours.layers, theirs.layers, strict=True):
-        torch.testing.assert_close(a.weight, b.weight, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(a.weight_orig.grad, b.weight_orig.grad, rtol=1e-3, atol=1e-3)
-    contest(
-        f"spectral_norm, {call.replace('_', ' and ')}, {name}", {k: getattr(c, call) for k, c in contestants.items()}
-    )
+    for a, b in zip(ours.forward(), theirs.forward(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(ours.originals, theirs.originals, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+    contest(f"{interface}, {call.replace('_', ' and ')}, {name}", {k: getattr(c, call) for k, c in contestants.items()})

@@ -66,7 +66,6 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("spectral_norm_sigma(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor u, Tensor v, Tensor sigma)");
   m.def("spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim, float target, bool shrink_only) -> Tensor");
   m.def("spectral_norm_(Tensor weight, Tensor(a!) u, Tensor(b!) v, int dim, int n_power_iterations, float eps, bool v_first, float target, bool shrink_only) -> Tensor");
-  m.def("spectral_norm_store_(Tensor(a!) u, Tensor(b!) v, Tensor new_u, Tensor new_v) -> ()");
   // sinkhorn
   m.def("sinkhorn(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
   m.def("sinkhorn_divergence(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation) -> (Tensor value, Tensor f, Tensor g, Tensor self_x, Tensor self_y, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
@@ -97,7 +96,6 @@ PYBIND11_MODULE(_C, m) {
   using Group = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
   Entry<Group(at::TensorList, at::TensorList, at::TensorList, Integers, Integers, Floats, Integers, Floats,
               Integers)>::bind(m, "spectral_norm_group");
-  Entry<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>::bind(m, "spectral_norm_store_");
   // sinkhorn
   using OptionalTensor = const std::optional<Tensor>&;
   using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -960,6 +960,7 @@ NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "legacy spectral_norm": nn.utils.spectral_norm,
     "legacy weight_norm": nn.utils.weight_norm,
     "wgan_ext's spectral_norm": wgan_ext.spectral_norm,
+    "wgan_ext's parametrization": wgan_ext.parametrizations.spectral_norm,
 }
 
 

@@ -20,7 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from wgan_ext import CriticLoss, GradientPenalty, explain, gradient_penalty, input_gradient
+from wgan_ext import (
+    CriticLoss,
+    GradientPenalty,
+    explain,
+    gradient_penalty,
+    input_gradient,
+    parametrizations,
+    spectral_norm,
+)
 
 ENGINES = ("autograd", "analytic")
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -376,6 +384,126 @@ def tensor_parallel_critics_are_refused(engine: str) -> None:
     parallelize_module(critic, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     with pytest.raises(NotImplementedError, match=r"is a DTensor.*tensor parallel, which is not supported"):
         penalty_of(critic, engine)
+
+
+# Spectral norm
+
+SPECTRAL = {
+    "hook": (spectral_norm, nn.utils.spectral_norm),
+    "parametrization": (parametrizations.spectral_norm, nn.utils.parametrizations.spectral_norm),
+}
+
+
+def normalized_critic(normalize: Callable[..., Any], seed: int = 2) -> nn.Sequential:
+    critic = make_critic()
+    torch.manual_seed(seed)  # of the vectors, which are random at first
+    for i in (0, 2, 4):
+        normalize(critic[i])
+    return critic
+
+
+def in_ddp(module: nn.Module, broadcast_buffers: bool) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 prefers another option, which does broadcast once
+        return DistributedDataParallel(module, broadcast_buffers=broadcast_buffers)
+
+
+def train(module: nn.Module, *batch: Tensor, steps: int = 3) -> None:
+    """Steps on D(fake) - D(real)."""
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    real, fake, *_ = batch
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (module(fake).mean() - module(real).mean()).backward()
+        optimizer.step()
+
+
+def states(module: nn.Module) -> list[dict[str, Tensor]]:
+    """The module's parameters and buffers in each process."""
+    mine = {key: value.clone() for key, value in module.state_dict().items()}
+    gathered: list[Any] = [None] * PROCESSES
+    dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+def assert_same_everywhere(module: nn.Module) -> None:
+    first, *others = states(module)
+    for other in others:
+        for key, value in first.items():
+            assert torch.equal(value, other[key]), key
+
+
+def assert_trained_as_in_one_process(module: nn.Module, normalize: Callable[..., Any]) -> None:
+    alone = normalized_critic(normalize)
+    train(alone, *whole_batch())
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[key], value, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@check(interface=SPECTRAL, broadcast_buffers=(True, False))
+def spectral_vectors_are_those_of_one_process(interface: str, broadcast_buffers: bool) -> None:
+    """Vectors that are equal at first stay equal, bit by bit, though no process sees the other's."""
+    for normalize in SPECTRAL[interface]:
+        ddp = in_ddp(normalized_critic(normalize), broadcast_buffers)
+        train(ddp, *my_batch())
+        assert_same_everywhere(ddp.module)
+        assert_trained_as_in_one_process(ddp.module, SPECTRAL[interface][1])
+
+
+@check(interface=SPECTRAL)
+def spectral_vectors_are_broadcast(interface: str) -> None:
+    """Seeds that differ do not matter: DDP gives all processes the vectors of the first."""
+    ddp = DistributedDataParallel(normalized_critic(SPECTRAL[interface][0], seed=2 + dist.get_rank()))
+    assert_same_everywhere(ddp.module)
+    train(ddp, *my_batch())
+    assert_same_everywhere(ddp.module)
+    assert_trained_as_in_one_process(ddp.module, SPECTRAL[interface][1])
+
+
+@check(interface=SPECTRAL)
+def spectral_vectors_that_differ_do_as_torchs(interface: str) -> None:
+    """Without broadcasts each process keeps its own, of one weight."""
+    trained = []
+    for normalize in SPECTRAL[interface]:
+        ddp = in_ddp(normalized_critic(normalize, seed=2 + dist.get_rank()), broadcast_buffers=False)
+        train(ddp, *my_batch())
+        trained.append(ddp.module.state_dict())
+        first, second = states(ddp.module)
+        for key, value in first.items():
+            if not key.endswith(("_u", "_v")):
+                assert torch.equal(value, second[key]), key
+            elif key.startswith("0."):
+                assert not torch.equal(value, second[key]), key
+    torch.testing.assert_close(*trained)
+
+
+@check(interface=SPECTRAL, reshard_after_forward=(True, False))
+def spectral_norm_in_fsdp(interface: str, reshard_after_forward: bool) -> None:
+    """In the forward of a sharded module the weights are whole."""
+    normalize = SPECTRAL[interface][0]
+    critic = sharded(normalized_critic(normalize), reshard_after_forward=reshard_after_forward)
+    train(critic, *my_batch())
+    alone = normalized_critic(SPECTRAL[interface][1])
+    train(alone, *whole_batch())
+    for key, value in critic.state_dict().items():
+        full = value.full_tensor() if hasattr(value, "full_tensor") else value
+        torch.testing.assert_close(full, alone.state_dict()[key])
+
+
+@check(interface=SPECTRAL)
+def spectral_norm_of_sharded_weights_is_refused(interface: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    normalize = SPECTRAL[interface][0]
+    with pytest.raises(NotImplementedError, match=r"spectral_norm: module is sharded by FSDP \(FSDPModule\)"):
+        normalize(sharded(nn.Linear(5, 8)))
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    with pytest.raises(NotImplementedError, match=r"spectral_norm: the weight is a DTensor"):
+        normalize(parallelize_module(nn.Linear(5, 8), mesh, ColwiseParallel()))
+    critic = sharded(normalized_critic(normalize))
+    with pytest.raises(NotImplementedError, match=r"spectral_norm: the weight is a DTensor"):
+        critic[0](my_batch()[0])
 
 
 # Running them

@@ -132,16 +132,11 @@ def _spectral_sigma(device: torch.device) -> list[tuple[Any, ...]]:
     return [sample[:-2] for sample in _spectral(device)]
 
 
-def _spectral_store(device: torch.device) -> list[tuple[Any, ...]]:
-    return [tuple(torch.randn(n, device=device) for n in (3, 4, 3, 4))]
-
-
 SAMPLES["spectral_norm"] = _spectral
 SAMPLES["spectral_norm_"] = _spectral
 SAMPLES["spectral_norm_group"] = _spectral_group
 SAMPLES["spectral_norm_sigma"] = _spectral_sigma
 SAMPLES["spectral_norm_backward"] = _spectral_backward
-SAMPLES["spectral_norm_store_"] = _spectral_store
 
 # sinkhorn
 

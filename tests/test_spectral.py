@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import utils as torch_utils
 
 import wgan_ext
@@ -345,78 +345,7 @@ def test_operator_refuses(change: dict[str, Any], error: type[Exception], messag
         _ops.spectral_norm(*(arguments | change).values(), False)
 
 
-# ---- the hook, beside torch's
-
-MODULES: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
-    (lambda: nn.Linear(6, 5), (4, 6)),
-    (lambda: nn.Linear(200, 300), (4, 200)),
-    (lambda: nn.Conv1d(4, 6, 3), (2, 4, 8)),
-    (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6)),
-    (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
-    (lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 5)),
-    (lambda: nn.ConvTranspose2d(6, 4, 3, groups=2), (2, 6, 5, 5)),
-    (lambda: nn.ConvTranspose3d(2, 3, 2), (2, 2, 3, 3, 3)),
-]
-
-
-@pytest.mark.parametrize("n_power_iterations", [1, 3])
-@pytest.mark.parametrize(("make", "shape"), MODULES)
-def test_training_is_torchs(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], n_power_iterations: int, device: torch.device
-) -> None:
-    """Scores of two batches, gradients through both, steps, evaluation, a step under no_grad: the same all along."""
-    models = [m.double().to(device) for m in pair(make, n_power_iterations=n_power_iterations)]
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in models]
-    assert equal_states(*models)
-    generator = torch.Generator().manual_seed(2)
-    for step in range(5):
-        real, fake = (torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
-        losses = []
-        for model, optimizer in zip(models, optimizers, strict=True):
-            model.train(step != 3)
-            with torch.no_grad():
-                model(real)
-            version = model.weight_u._version
-            loss = model(real).square().mean() - model(fake).square().mean()
-            assert (model.weight_u._version > version) == model.training
-            optimizer.zero_grad()
-            loss.backward()
-            losses.append(loss)
-            assert model.weight.grad_fn is not None
-            optimizer.step()
-        torch.testing.assert_close(*losses)
-        for a, b in zip(*(m.state_dict().values() for m in models), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(*(m.weight_orig.grad for m in models), rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(*(m.weight for m in models))
-
-
-@pytest.mark.parametrize(
-    ("make", "name", "x"),
-    [
-        (lambda: nn.Embedding(10, 4), "weight", torch.tensor([1, 3])),
-        (lambda: nn.LSTM(3, 4), "weight_hh_l0", torch.ones(5, 3)),
-        (lambda: nn.Linear(3, 4), "bias", torch.ones(2, 3)),
-    ],
-)
-def test_other_parameters(make: Callable[[], nn.Module], name: str, x: Tensor) -> None:
-    theirs, ours = pair(make, name=name)
-    a, b = theirs(x), ours(x)
-    for p, q in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True):
-        torch.testing.assert_close(p, q)
-    assert list(theirs.state_dict()) == list(ours.state_dict())
-
-
-def test_two_parameters_of_a_module() -> None:
-    theirs, ours = pair(lambda: nn.LSTM(3, 4), name="weight_hh_l0")
-    for m, library in ((theirs, torch_utils), (ours, wgan_ext)):
-        torch.manual_seed(5)
-        library.spectral_norm(m, "weight_ih_l0")
-    torch.testing.assert_close(theirs(torch.ones(5, 3))[0], ours(torch.ones(5, 3))[0])
-    wgan_ext.remove_spectral_norm(ours, "weight_hh_l0")
-    with pytest.raises(ValueError, match="spectral_norm of 'weight_hh_l0' not found"):
-        wgan_ext.remove_spectral_norm(ours, "weight_hh_l0")
-    assert "weight_ih_l0_u" in ours.state_dict()
+# ---- the hook, beside torch's: what test_spectral_interfaces.py does not share with the parametrization
 
 
 def test_surface_is_torchs() -> None:
@@ -470,41 +399,12 @@ def test_registering_the_name_anew_is_refused() -> None:
         module(torch.ones(2, 4))
 
 
-@pytest.mark.parametrize("library", [torch_utils, wgan_ext])
-@pytest.mark.parametrize("trained", [True, False])
-def test_removal(library: Any, trained: bool) -> None:
-    theirs, ours = pair(lambda: nn.Linear(4, 3))
-    for m in (theirs, ours):
-        m.train(trained)
-        m(torch.ones(2, 4))
-    torch_utils.remove_spectral_norm(theirs)
-    library.remove_spectral_norm(ours)
-    assert isinstance(ours.weight, nn.Parameter)
-    torch.testing.assert_close(theirs.weight, ours.weight)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert not ours._forward_pre_hooks
-    assert not ours._state_dict_hooks
-
-
 @pytest.mark.parametrize("normalize", [torch_utils.spectral_norm, wgan_ext.spectral_norm])
 def test_a_checkpoint_loads_after_removal(normalize: Callable[[nn.Module], nn.Module]) -> None:
     module = wgan_ext.remove_spectral_norm(normalize(nn.Linear(4, 3)))
     state = nn.Linear(4, 3).state_dict()
     module.load_state_dict(state)
     assert torch.equal(module.weight, state["weight"])
-
-
-def test_checkpoints_go_both_ways() -> None:
-    theirs, ours = pair(lambda: nn.Linear(4, 3))
-    for source, target in ((theirs, ours), (ours, theirs)):
-        source(torch.ones(2, 4))
-        stream = io.BytesIO()
-        torch.save(source.state_dict(), stream)
-        stream.seek(0)
-        target.load_state_dict(torch.load(stream))
-        assert all(
-            torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
-        )
 
 
 def test_old_checkpoints_are_converted() -> None:
@@ -518,9 +418,7 @@ def test_old_checkpoints_are_converted() -> None:
         state["weight"] = theirs.weight.detach().clone()
         for m in (theirs, ours):
             m.load_state_dict(dict(state), strict=strict)
-        assert all(
-            torch.equal(a, b) for a, b in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True)
-        )
+        assert equal_states(theirs, ours)
         with pytest.raises(RuntimeError, match=r'Missing key.*"weight_orig"'):
             ours.load_state_dict({"bias": state["bias"]})
     bare = dict(ours.state_dict().items())  # without metadata
@@ -558,108 +456,3 @@ def test_pickles_of_a_whole_module() -> None:
     stream.seek(0)
     loaded = torch.load(stream, weights_only=False)
     torch.testing.assert_close(loaded.eval()(torch.ones(2, 4)), module.eval()(torch.ones(2, 4)))
-
-
-def test_tied_weights() -> None:
-    a, b = nn.Linear(4, 4), nn.Linear(4, 4)
-    b.weight = a.weight
-    wgan_ext.spectral_norm(a)
-    wgan_ext.spectral_norm(b)
-    assert a.weight_orig is b.weight_orig
-    (a(torch.ones(2, 4)) + b(torch.ones(2, 4))).sum().backward()
-    assert a.weight_u.data_ptr() != b.weight_u.data_ptr()
-
-
-def test_gradient_penalty_through_the_layer(device: torch.device) -> None:
-    """Second derivatives by the weight, as a gradient penalty takes them: torch's."""
-    results = []
-    for normalize in (torch_utils.spectral_norm, wgan_ext.spectral_norm):
-        torch.manual_seed(3)
-        critic = nn.Sequential(normalize(nn.Linear(5, 7)), nn.Tanh(), normalize(nn.Linear(7, 1))).double().to(device)
-        x = torch.randn(6, 5, dtype=torch.float64, device=device, requires_grad=True)
-        (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-        penalty = (grad.norm(dim=1) - 1).square().mean()
-        results.append(torch.autograd.grad(penalty, [critic[0].weight_orig, critic[2].weight_orig]))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_replicas_share_the_buffers() -> None:
-    """What DataParallel does: the replica's parameter is a plain attribute, its buffers are the module's."""
-    module = wgan_ext.spectral_norm(nn.Linear(4, 3))
-    replica = module._replicate_for_data_parallel()
-    replica._parameters = {}
-    replica.weight_orig = module.weight_orig.clone()
-    replica.bias = module.bias.clone()
-    before = module.weight_u.clone()
-    replica(torch.ones(2, 4)).sum().backward()
-    assert not torch.equal(module.weight_u, before)
-    assert module.weight_orig.grad is not None
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_half_precision_and_autocast(train: bool, device: torch.device) -> None:
-    module = wgan_ext.spectral_norm(nn.Linear(40, 30)).to(device).train(train)
-    with torch.autocast(device.type, torch.bfloat16):
-        scores = module(torch.ones(2, 40, device=device))
-    assert scores.dtype == torch.bfloat16
-    assert module.weight.dtype == module.weight_u.dtype == torch.float32
-    for dtype in (torch.bfloat16, torch.float16):
-        half = copy.deepcopy(module).to(dtype).train(train)
-        half(torch.ones(2, 40, device=device, dtype=dtype)).sum().backward()
-        assert half.weight.dtype == half.weight_u.dtype == half.weight_orig.grad.dtype == dtype
-
-
-def test_meta() -> None:
-    module = wgan_ext.spectral_norm(nn.Linear(4, 3, device="meta"))
-    module(torch.ones(2, 4, device="meta")).sum().backward()
-    assert module.weight_orig.grad.shape == (3, 4)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use of it
-@pytest.mark.parametrize("train", [True, False])
-def test_forward_mode(train: bool) -> None:
-    """Torch's own refuses to make a power iteration here."""
-    theirs, ours = pair(lambda: nn.Linear(4, 3))
-    x, tangent = torch.ones(2, 4), torch.randn(3, 4)
-
-    def scores(m: nn.Module, weight: Tensor) -> Tensor:
-        return torch.func.functional_call(m, {"weight_orig": weight}, (x,))
-
-    weight = ours.weight_orig.detach()
-    ours.train(train)
-    with forward_ad.dual_level():
-        tangent_of_ours = forward_ad.unpack_dual(scores(ours, forward_ad.make_dual(weight, tangent))).tangent
-    if train:
-        theirs(x)
-    theirs.eval()
-    ours.eval()
-    want = torch.func.jvp(lambda w: scores(theirs, w), (weight,), (tangent,))[1]
-    torch.testing.assert_close(tangent_of_ours, want)
-    torch.testing.assert_close(torch.func.jvp(lambda w: scores(ours, w), (weight,), (tangent,))[1], want)
-    gradients = [torch.func.grad(lambda w, m=m: scores(m, w).sum())(weight) for m in (theirs, ours)]
-    torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_compile(train: bool) -> None:
-    theirs, ours = pair(lambda: nn.Linear(4, 3))
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        for m in (theirs, compiled):
-            m.train(train)
-            (m(torch.ones(2, 4)).square() - m(torch.arange(8.0).view(2, 4))).sum().backward()
-    for name in ("weight_u", "weight_v", "weight"):
-        torch.testing.assert_close(getattr(theirs, name), getattr(ours, name))
-    torch.testing.assert_close(theirs.weight_orig.grad, ours.weight_orig.grad)
-    copy.deepcopy(ours)
-
-
-@pytest.mark.filterwarnings("ignore:The tensor attribute:UserWarning")
-def test_export_and_trace_need_no_operator_of_ours() -> None:
-    module = wgan_ext.spectral_norm(nn.Linear(4, 3))
-    x = torch.ones(2, 4)
-    want = module.eval()(x)
-    exported = torch.export.export(module, (x,))
-    assert not any("wgan_ext" in str(node.target) for node in exported.graph.nodes)
-    torch.testing.assert_close(exported.module()(x), want)

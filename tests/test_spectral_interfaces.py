@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import operator
 from collections.abc import Callable
@@ -89,6 +90,11 @@ def assert_same_states(a: nn.Module, b: nn.Module, **tolerances: float) -> None:
         torch.testing.assert_close(first[key], second[key], **tolerances, msg=lambda m, key=key: f"{key}: {m}")
 
 
+def formula_or_operator(formula: bool) -> Any:
+    """Within it our module takes the formula of torch's operators, or the operator."""
+    return forward_ad.dual_level() if formula else torch.enable_grad()
+
+
 # ---- training and evaluation
 
 Case = tuple[Callable[[], nn.Module], str, Callable[[], tuple[Any, ...]]]
@@ -152,9 +158,9 @@ def test_training_is_torchs(api: Interface, case: str, n_power_iterations: int, 
     torch.testing.assert_close(tree_leaves(theirs), tree_leaves(ours))
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (16, 32, 3, 3), (24, 16, 3)])
+@pytest.mark.parametrize("shape", [(64, 96), (256, 512), (16, 32, 3, 3), (24, 16, 3)])
 def test_iterates_of_float32_are_those_of_float64(api: Interface, shape: tuple[int, ...], device: torch.device) -> None:
-    """500 steps over one sequence of weights: rounding does not add up."""
+    """Over 500 steps of one sequence of weights: rounding does not add up."""
     channels = shape[1], shape[0]
     make = {
         2: lambda: nn.Linear(*channels, bias=False),
@@ -167,19 +173,17 @@ def test_iterates_of_float32_are_those_of_float64(api: Interface, shape: tuple[i
     weight = torch.randn(shape, generator=generator)
     for _ in range(500):
         weight = weight + 0.02 * torch.randn(shape, generator=generator)
-        sigmas = []
+        iterates = []
         for module in (theirs, ours):
             original = api.get("original", module)
             with torch.no_grad():
                 original.copy_(weight)
                 for hook in module._forward_pre_hooks.values():
                     hook(module, ())
-                normalized = module.weight
-            sigmas.append((original.norm() / normalized.norm()).double().item())
-    assert sigmas[1] == pytest.approx(sigmas[0], rel=2e-6)
-    for what in ("u", "v"):
-        want, got = (api.get(what, m).double() for m in (theirs, ours))
-        assert (got - want).norm() <= 2e-6 * want.norm()
+                sigma = original.double().norm() / module.weight.double().norm()
+            iterates.append([api.get("u", module).double(), api.get("v", module).double(), sigma])
+        for want, got in zip(*iterates, strict=True):
+            assert (got - want).norm() <= 2e-6 * want.norm()
 
 
 def test_evaluation_follows_the_weight_and_iterates_not(api: Interface) -> None:
@@ -231,7 +235,27 @@ def test_results_of_two_forwards_share_no_vectors(api: Interface) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("formula", [True, False])
+def test_an_evaluation_shares_no_vectors_with_training(api: Interface, formula: bool) -> None:
+    """Torch's hook refuses the backward pass: its evaluations use the buffers themselves."""
+    _, module = api.pair(linear)
+    with formula_or_operator(formula):
+        loss = module.eval()(X).square().sum()
+        (expected,) = torch.autograd.grad(loss, api.get("original", module), retain_graph=True)
+        module.train()(X)
+        loss.backward()
+    torch.testing.assert_close(api.get("original", module).grad, expected)
+
+
 # ---- names, keys, checkpoints
+
+
+def test_signature(api: Interface) -> None:
+    """Torch's, and options of our own by keyword alone."""
+    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (api.ours, api.theirs))
+    shared = ours[: len(theirs)]
+    assert [(p.name, p.kind, p.default) for p in shared] == [(p.name, p.kind, p.default) for p in theirs]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
 @pytest.mark.parametrize("case", MODULES)
@@ -272,17 +296,16 @@ def test_dim(api: Interface, make: Callable[[], nn.Module], dim: int | None) -> 
 def test_initial_vectors_are_torchs(api: Interface) -> None:
     """From one seed; the parametrization's have 15 iterations behind them, and the one of its registration."""
     for dtype, tolerance in ((DOUBLE, 1e-13), (torch.float32, 1e-6)):
-        module = linear().to(dtype)
-        states = []
-        for normalize in (api.theirs, api.ours):
-            torch.manual_seed(5)
-            states.append(normalize(copy.deepcopy(module)).state_dict())
-        torch.testing.assert_close(*states, rtol=0, atol=tolerance)
-        training = [
-            [m.training for m in normalize(copy.deepcopy(module).eval()).modules()]
-            for normalize in (api.theirs, api.ours)
-        ]
-        assert training[0] == training[1]
+        for train in (True, False):
+            module = linear().to(dtype).train(train)
+            states, modes = [], []
+            for normalize in (api.theirs, api.ours):
+                torch.manual_seed(5)
+                normalized = normalize(copy.deepcopy(module))
+                states.append(normalized.state_dict())
+                modes.append([m.training for m in normalized.modules()])
+            torch.testing.assert_close(*states, rtol=0, atol=tolerance)
+            assert modes[0] == modes[1]
 
 
 def test_checkpoints_go_both_ways(api: Interface) -> None:
@@ -303,10 +326,12 @@ def test_checkpoints_go_both_ways(api: Interface) -> None:
 
 @pytest.mark.parametrize("missing", ["original", "u", "v"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_missing_keys_are_torchs(api: Interface, missing: str, strict: bool) -> None:
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_missing_keys_are_torchs(api: Interface, missing: str, strict: bool, with_metadata: bool) -> None:
+    """Without metadata a state dict counts as one of the hook's version 0."""
     results: list[Any] = []
     for module in api.pair(linear):
-        state = module.state_dict()
+        state: Any = module.state_dict() if with_metadata else dict(module.state_dict())
         del state[api.key(missing)]
         state["surplus"] = torch.ones(1)
         try:
@@ -427,6 +452,18 @@ def test_replicas_share_the_buffers(api: Interface) -> None:
     torch.testing.assert_close(*results)
 
 
+def test_functional_calls_iterate_on_the_buffers_that_are_given(api: Interface) -> None:
+    results = []
+    for module in api.pair(lambda: linear().double()):
+        before = copy.deepcopy(module.state_dict())
+        given = {key: value.clone() for key, value in module.state_dict().items()}
+        results.append([functional_call(module, given, (X.double(),)), given])
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, before[key])
+        assert not torch.equal(given[api.key("u")], before[api.key("u")])
+    torch.testing.assert_close(*results)
+
+
 # ---- derivatives
 
 
@@ -469,8 +506,9 @@ def transforms(scores: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Te
     def loss(weight: Tensor, x: Tensor) -> Tensor:
         return scores(weight, x).square().sum()
 
+    gradient = torch.func.grad
     return {
-        "grad": lambda: torch.func.grad(loss)(weight, x),
+        "grad": lambda: gradient(loss)(weight, x),
         "vjp": lambda: torch.func.vjp(lambda w: scores(w, x), weight)[0],
         "jacrev": lambda: torch.func.jacrev(scores)(weight, x),
         "gradient of each sample": lambda: torch.vmap(torch.func.grad(loss), (None, 0))(weight, x),
@@ -479,14 +517,17 @@ def transforms(scores: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Te
         "gradient of each weight": lambda: torch.vmap(torch.func.grad(loss), (0, None))(weights, x),
         "jvp": lambda: torch.func.jvp(lambda w: scores(w, x), (weight,), (tangent,)),
         "jacfwd": lambda: torch.func.jacfwd(scores)(weight, x),
+        "gradient of a penalty": lambda: torch.func.grad(lambda w: gradient(loss, 1)(w, x).square().sum())(weight),
+        "gradient of a gradient": lambda: torch.func.grad(lambda w: gradient(loss)(w, x).square().sum())(weight),
+        "forward over reverse": lambda: torch.func.jvp(lambda w: gradient(loss)(w, x), (weight,), (tangent,)),
         "hessian": lambda: torch.func.hessian(loss)(weight, x),
     }
 
 
 TRANSFORMS = list(transforms(lambda w, x: w, X, X))
-NOT_TORCHS_IN_TRAINING = ("jvp", "jacfwd")  # torch refuses out= in forward mode
-# One u and v for many weights; buffers of an outer transform.
-NOBODYS_IN_TRAINING = ("vmap over weights", "gradient of each weight", "hessian")
+# torch refuses out= in forward mode
+NOT_TORCHS_IN_TRAINING = ("jvp", "jacfwd", "forward over reverse", "hessian")
+NOBODYS_IN_TRAINING = ("vmap over weights", "gradient of each weight")  # one u and v for many weights
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -536,11 +577,6 @@ def test_forward_mode(api: Interface, train: bool) -> None:
 
 
 # ---- weights that are zero, not finite, of extreme size or of half precision
-
-
-def formula_or_operator(formula: bool) -> Any:
-    """Within it our module takes the formula of torch's operators, or the operator."""
-    return forward_ad.dual_level() if formula else torch.enable_grad()
 
 
 @pytest.mark.parametrize("formula", [True, False])

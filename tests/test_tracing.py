@@ -417,7 +417,12 @@ def test_hooks_on_all_modules_mean_autograd() -> None:
 
 def test_a_shared_layer_with_a_computed_weight() -> None:
     """In training mode torch computes the weight anew at each run, in eval mode it does not change."""
-    for wrap in (nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm, wgan_ext.spectral_norm):
+    for wrap in (
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.spectral_norm,
+        wgan_ext.parametrizations.spectral_norm,
+        wgan_ext.spectral_norm,
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             layer = wrap(nn.Linear(3, 3))
@@ -526,6 +531,7 @@ class Broken(nn.Module):
                     nn.utils.spectral_norm(nn.Linear(3, 3)),
                     nn.utils.weight_norm(nn.Linear(3, 3)),
                     wgan_ext.spectral_norm(nn.Linear(3, 3)),
+                    wgan_ext.parametrizations.spectral_norm(nn.Linear(3, 3)),
                     nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)),
                     nn.BatchNorm1d(3),
                     nn.Dropout(0.5),

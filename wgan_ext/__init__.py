@@ -9,8 +9,10 @@ except ImportError as error:
         f"wgan_ext's extension is not built for this Python and torch {_torch.__version__} ({error}): "
         "run `make build` in the checkout, or `pip install --no-build-isolation .`"
     ) from error
+from ._build import BuildInfo, build_info  # first, since it refuses a build for another torch
+
+# isort: split
 from . import parametrizations
-from ._build import BuildInfo, build_info
 from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss

@@ -128,7 +128,6 @@ spectral_norm_group = _operator("spectral_norm_group")
 spectral_norm_sigma = _operator("spectral_norm_sigma")
 spectral_norm_backward = _operator("spectral_norm_backward")
 spectral_norm_ = _operator("spectral_norm_")
-spectral_norm_store_ = _operator("spectral_norm_store_")
 
 
 @_register_fake("wgan_ext::spectral_norm")

@@ -100,11 +100,8 @@ def _formula(rule: Rule, weight: Tensor, u: Tensor, v: Tensor, n_power_iteration
                 new_u = _unit(torch.mv(constant, new_v), new_u)
                 if not rule.v_first:
                     new_v = _unit(torch.mv(constant.mH, new_u), new_v)
-            if transformed():  # torch.func lets no operator of torch change a captured tensor in place
-                _ops.spectral_norm_store_(u, v, new_u, new_v)
-            else:
-                u.copy_(new_u)
-                v.copy_(new_v)
+            for buffer, vector in ((u, new_u), (v, new_v)):
+                torch.mul(vector, 1, out=buffer)  # a copy; to a captured tensor torch.func lets only out= write
     sigma = (new_u.conj() * torch.mv(matrix, new_v)).sum()
     divisor = torch.where(sigma == 0, rule.eps, sigma) / rule.target
     if rule.shrink_only:
@@ -114,10 +111,9 @@ def _formula(rule: Rule, weight: Tensor, u: Tensor, v: Tensor, n_power_iteration
 
 def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
     """Return x / |x|, or the other vector where |x| is zero or not finite."""
-    size = x.abs().sum()
-    x = x / size  # so that no square leaves the range of floating-point numbers
+    x = x / x.abs().sum()  # so that no square leaves the range of floating-point numbers; NaN for a vector of zeros
     norm = torch.linalg.vector_norm(x)
-    return torch.where((size > 0) & norm.isfinite(), x / norm, otherwise)
+    return torch.where(norm.isfinite(), x / norm, otherwise)
 
 
 PENDING = "_spectral_norm_pending"
@@ -161,7 +157,8 @@ def take_pending(owner: nn.Module, name: str, weight: Tensor, iterations: int) -
         return pending.normalized
     del owner.__dict__[PENDING][name]
     if pending.taken and pending.iterations:  # the layer is used again: its vectors go on from the first use
-        _ops.spectral_norm_store_(*pending.buffers, pending.u, pending.v)
+        with torch.no_grad():
+            torch._foreach_copy_(pending.buffers, (pending.u, pending.v))
     return None
 
 

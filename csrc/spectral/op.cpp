@@ -5,7 +5,6 @@
 //   spectral_norm_sigma     u, v and sigma alone
 //   spectral_norm_backward  the gradient of all of them
 //   spectral_norm_          W / divisor(sigma), with u and v updated in place
-//   spectral_norm_store_    that update alone
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -427,18 +426,16 @@ Tensor backward_autograd(const std::optional<Tensor>& grad, const std::optional<
 
 // ---- with u and v updated in place, as the buffers of a module are
 
-void store(const Tensor& u, const Tensor& v, const Tensor& new_u, const Tensor& new_v) {
-  u.copy_(new_u);
-  v.copy_(new_v);
-}
-
 Tensor forward_in_place(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t n_power_iterations,
                         double eps, bool v_first, double target, bool shrink_only) {
   static const auto op = operator_called<decltype(forward)>("wgan_ext::spectral_norm");
   const auto [normalized, new_u, new_v, sigma] =
       op.call(weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only);
-  const at::AutoDispatchBelowAutograd guard;  // the vectors have no graph
-  if (n_power_iterations > 0) store(u, v, new_u, new_v);
+  if (n_power_iterations > 0) {
+    const at::AutoDispatchBelowAutograd guard;  // the vectors have no graph
+    u.copy_(new_u);
+    v.copy_(new_v);
+  }
   return normalized;
 }
 
@@ -462,9 +459,6 @@ TORCH_LIBRARY_IMPL(wgan_ext, Autograd, m) {
   m.impl("spectral_norm_sigma", forward_sigma_autograd);
   m.impl("spectral_norm_backward", backward_autograd);
 }
-TORCH_LIBRARY_IMPL(wgan_ext, CompositeImplicitAutograd, m) {
-  m.impl("spectral_norm_", forward_in_place);
-  m.impl("spectral_norm_store_", store);
-}
+TORCH_LIBRARY_IMPL(wgan_ext, CompositeImplicitAutograd, m) { m.impl("spectral_norm_", forward_in_place); }
 
 }  // namespace wgan_ext::spectral
