@@ -65,6 +65,7 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("spectral_norm_group(Tensor[] weight, Tensor[] u, Tensor[] v, int[] dim, int[] n_power_iterations, float[] eps, int[] v_first, float[] target, int[] shrink_only) -> (Tensor[] weight, Tensor[] u, Tensor[] v, Tensor[] sigma)");
   m.def("spectral_norm_sigma(Tensor weight, Tensor u, Tensor v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor u, Tensor v, Tensor sigma)");
   m.def("spectral_norm_backward(Tensor? grad, Tensor? grad_sigma, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim, float target, bool shrink_only) -> Tensor");
+  m.def("spectral_norm_fold_(Tensor(c) weight, Tensor(a!) u, Tensor(b!) v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor(c) weight, Tensor sigma)");
   m.def("spectral_norm_(Tensor weight, Tensor(a!) u, Tensor(b!) v, int dim, int n_power_iterations, float eps, bool v_first, float target, bool shrink_only) -> Tensor");
   // sinkhorn
   m.def("sinkhorn(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
@@ -93,6 +94,8 @@ PYBIND11_MODULE(_C, m) {
                const Tensor&, int64_t, double, bool)>::bind(m, "spectral_norm_backward");
   Entry<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, bool, double, bool)>::bind(
       m, "spectral_norm_");
+  Entry<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, bool)>::bind(
+      m, "spectral_norm_fold_");
   using Group = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
   Entry<Group(at::TensorList, at::TensorList, at::TensorList, Integers, Integers, Floats, Integers, Floats,
               Integers)>::bind(m, "spectral_norm_group");

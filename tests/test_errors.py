@@ -272,6 +272,14 @@ ROWS: dict[str, list[Row]] = {
         (lambda f: f(linear(), dim="a"), TypeError, "dim must be an integer, got str"),
         (lambda f: f(linear(dtype=torch.cfloat)), NotImplementedError, "weight is complex"),
         (lambda f: f(f(linear())), RuntimeError, "two spectral_norm hooks on the same parameter weight"),
+        (lambda f: f(linear(), target=0), ValueError, "target must be positive and finite, got 0"),
+        (lambda f: f(linear(), target="a"), TypeError, "target must be a number, got str"),
+        (lambda f: f(linear(), shrink_only=1), TypeError, "shrink_only must be True or False, got int"),
+        (lambda f: f(linear(), fold=1), TypeError, "fold must be True or False, got int"),
+        (lambda f: f(nn.Bilinear(2, 3, 4), fold=True), NotImplementedError, "fold=True .* got weight of Bilinear"),
+    ],
+    "fuse_spectral_norm_": [
+        (lambda f: f(5), TypeError, "model must be an nn.Module, got int"),
     ],
     "parametrizations.spectral_norm": [
         (lambda f: f(5), TypeError, "module must be an nn.Module, got int"),

@@ -248,3 +248,23 @@ def test_errors_are_torchs(call: Callable[[Any], object]) -> None:
         call(torch_parametrizations.spectral_norm)
     with pytest.raises(theirs.type, match=r"^spectral_norm: "):
         call(spectral_norm)
+
+
+@pytest.mark.parametrize("norm", [wgan_ext.spectral_norm, wgan_ext.parametrizations.spectral_norm])
+@pytest.mark.parametrize(("size", "shrink_only", "want"), [(3.0, False, 0.5), (3.0, True, 0.5), (0.1, True, None)])
+def test_target(norm: Callable[..., nn.Module], size: float, shrink_only: bool, want: float | None) -> None:
+    """The norm that the weight gets, in both interfaces."""
+    module = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.mul_(size / torch.linalg.matrix_norm(module.weight, 2))
+    norm(module, n_power_iterations=200, target=0.5, shrink_only=shrink_only)
+    module(torch.ones(4, dtype=torch.float64))
+    assert torch.linalg.matrix_norm(module.weight, 2).item() == pytest.approx(want or size)
+
+
+@pytest.mark.parametrize("shrink_only", [False, True])
+def test_target_of_a_vector(shrink_only: bool) -> None:
+    module = nn.PReLU(3)
+    parametrized = wgan_ext.parametrizations.spectral_norm(module, target=2.0, shrink_only=shrink_only)
+    want = 0.25 * 3**0.5 if shrink_only else 2.0
+    assert parametrized.weight.norm().item() == pytest.approx(want)

@@ -20,7 +20,7 @@ from torch.nn import utils as torch_utils
 
 import wgan_ext
 from wgan_ext import _ops, reference
-from wgan_ext.spectral import SpectralNorm
+from wgan_ext.spectral_hook import SpectralNorm
 
 # Weight and dim for every path of the kernels: whole rows, slabs of short and of long rows, stored by columns.
 SHAPES: list[tuple[tuple[int, ...], int]] = [

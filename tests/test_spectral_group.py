@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 
 import wgan_ext
 from wgan_ext import _ops
-from wgan_ext.spectral import PENDING
 from wgan_ext.spectral_group import group_of
+from wgan_ext.spectral_hook import PENDING
 
 NORMS: dict[str, Callable[..., Any]] = {
     "hook": wgan_ext.spectral_norm,
@@ -53,7 +53,7 @@ def pair(norm: Callable[..., Any], device: torch.device) -> tuple[nn.Module, nn.
     each = Critic(norm).to(device)
     for module in each.modules():  # ours, one by one
         for hook in module._forward_pre_hooks.values():
-            hook.__class__ = wgan_ext.spectral.SpectralNorm
+            hook.__class__ = wgan_ext.spectral_hook.SpectralNorm
         if type(module) is torch_parametrizations._SpectralNorm:
             module.__class__ = wgan_ext.parametrizations._SpectralNorm
     torch.manual_seed(0)
@@ -278,8 +278,3 @@ def test_compiled_models_normalize_layer_by_layer(device: torch.device) -> None:
         torch.testing.assert_close(step(each, x), step(compiled, x))
     for a, b in zip(each.state_dict().values(), together.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_refuses() -> None:
-    with pytest.raises(TypeError, match=r"fuse_spectral_norm_: model must be an nn.Module, got list"):
-        wgan_ext.fuse_spectral_norm_([])

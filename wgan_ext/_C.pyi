@@ -73,6 +73,9 @@ def spectral_norm_group(
 def spectral_norm_sigma(
     weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def spectral_norm_fold_(
+    weight: Tensor, u: Tensor, v: Tensor, dim: int, n_power_iterations: int, eps: float, v_first: bool
+) -> tuple[Tensor, Tensor]: ...
 def spectral_norm_backward(
     grad: Tensor | None,
     grad_sigma: Tensor | None,

@@ -122,12 +122,13 @@ critic_loss = _operator("critic_loss")
 # (weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only) -> (weight, u, v, sigma): see
 # reference.spectral_norm; eps stands in for a sigma of exactly 0. The group takes a list for each argument and does all
 # weights in one call of the kernels, _sigma leaves the weight out, and spectral_norm_ stores u and v in those it is
-# given and returns the weight alone.
+# given and returns the weight alone; spectral_norm_fold_ too, and returns the weight as it is and sigma.
 spectral_norm = _operator("spectral_norm")
 spectral_norm_group = _operator("spectral_norm_group")
 spectral_norm_sigma = _operator("spectral_norm_sigma")
 spectral_norm_backward = _operator("spectral_norm_backward")
 spectral_norm_ = _operator("spectral_norm_")
+spectral_norm_fold_ = _operator("spectral_norm_fold_")
 
 
 @_register_fake("wgan_ext::spectral_norm")

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from ._checks import accumulation_dtype
 from ._distributed import refuse_sharded_weight
-from .spectral import PENDING, checked_options, normalized_weight, take_pending
+from .spectral_hook import PENDING, checked_options, normalized_weight, take_pending
 
 __all__ = ["spectral_norm"]
 
@@ -30,11 +30,14 @@ class _SpectralNorm(_TorchSpectralNorm):
         normalized_weight(self, weight_mat, self._u, self._v, n_power_iterations, dim=0)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return W / sigma; in training mode, update the buffers u and v in place before."""
+        """Return W / divisor(sigma); in training mode, update the buffers u and v in place before."""
         if weight.dim() == 1:
             refuse_sharded_weight("spectral_norm", weight)
             wide = weight.to(accumulation_dtype(weight.dtype))
-            return nn.functional.normalize(wide, dim=0, eps=self.eps).to(weight.dtype)
+            unit = nn.functional.normalize(wide, dim=0, eps=self.eps) * self.target
+            if self.shrink_only:
+                unit = torch.where(torch.linalg.vector_norm(wide) <= self.target, wide, unit)
+            return unit.to(weight.dtype)
         iterations = self.n_power_iterations if self.training else 0
         if not torch.compiler.is_compiling() and PENDING in self.__dict__:
             found = take_pending(self, "weight", weight, iterations)
@@ -45,7 +48,14 @@ class _SpectralNorm(_TorchSpectralNorm):
 
 
 def spectral_norm(
-    module: M, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+    module: M,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    target: float = 1.0,
+    shrink_only: bool = False,
 ) -> M:
     """Make ``module.weight`` a parametrized tensor: its original divided by its largest singular value.
 
@@ -71,16 +81,18 @@ def spectral_norm(
         n_power_iterations: power iterations per read in training; none are made in evaluation.
         eps: the divisor where sigma is 0.
         dim: the dimension of outputs, the rows of the matrix; by default 1 for transposed convolutions, else 0.
+        target: the norm that the weight gets.
+        shrink_only: leave a weight whose norm is below the target as it is.
 
     Raises:
-        ValueError: the module has no such tensor, ``n_power_iterations`` is not positive, or ``eps`` is negative or not
-            finite.
+        ValueError: the module has no such tensor, ``n_power_iterations`` is not positive, ``eps`` is negative or not
+            finite, or ``target`` is not positive and finite.
         RuntimeError: the parameter is uninitialized.
         TypeError: an argument is of another type, or the tensor is not of a floating-point or complex dtype.
         IndexError: ``dim`` is out of range.
         NotImplementedError: the weight is sharded: a DTensor, or a parameter of an FSDP module, here or in a read.
     """
-    dim = checked_options(module, name, n_power_iterations, eps, dim)
+    dim = checked_options(module, name, n_power_iterations, eps, dim, target, shrink_only)
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
         raise ValueError(f"spectral_norm: name must be a parameter or buffer of the module, got {name!r}")
@@ -91,5 +103,7 @@ def spectral_norm(
         raise TypeError(f"spectral_norm: {name} must be a floating-point or complex tensor, got {weight.dtype}")
     if not -weight.dim() <= dim < weight.dim():
         raise IndexError(f"spectral_norm: dim must be in [{-weight.dim()}, {weight.dim() - 1}], got {dim}")
-    register_parametrization(module, name, _SpectralNorm(weight, n_power_iterations, dim, eps))
+    rule = _SpectralNorm(weight, n_power_iterations, dim, eps)
+    rule.target, rule.shrink_only = float(target), shrink_only
+    register_parametrization(module, name, rule)
     return module

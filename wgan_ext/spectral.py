@@ -5,229 +5,34 @@ Miyato et al., Spectral Normalization for Generative Adversarial Networks (arXiv
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import math
 import weakref
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm as _TorchSpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook as _TorchLoadHook
 from torch.nn.utils.spectral_norm import remove_spectral_norm as _torch_remove
 
-from . import _ops
-from ._checks import accumulation_dtype, check_count, check_module, check_number, check_type
-from ._distributed import refuse_sharded_module, refuse_sharded_weight
-from ._transforms import transformed
+from . import spectral_fold
+from ._checks import check_module, check_type
+from ._distributed import refuse_sharded_weight
+from .spectral_hook import SpectralNorm, checked_options
 
 __all__ = ["remove_spectral_norm", "spectral_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
-_PLAIN = (Tensor, nn.Parameter)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def checked_options(module: nn.Module, name: str, n_power_iterations: int, eps: float, dim: int | None) -> int:
-    """Return dim, by default that of the module's class, once what does not depend on the weight is found right."""
-    check_module("spectral_norm", "module", module)
-    refuse_sharded_module("spectral_norm", module)
-    check_type("spectral_norm", "name", name, str, "a string")
-    check_count("spectral_norm", "n_power_iterations", n_power_iterations)
-    check_number("spectral_norm", "eps", eps)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"spectral_norm: eps must be finite and not negative, got {eps}")
-    if dim is None:
-        return 1 if isinstance(module, _TRANSPOSED) else 0
-    check_type("spectral_norm", "dim", dim, int, "an integer")
-    return dim
-
-
-class Rule(Protocol):
-    """How a weight is normalized: the hook of one interface or the parametrization of the other."""
-
-    n_power_iterations: int
-    dim: int
-    eps: float
-    v_first: bool  # the order of an iteration: v and then u, or u and then v
-    target: float
-    shrink_only: bool
-
-
-def normalized_weight(
-    rule: Rule, weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, dim: int | None = None
-) -> Tensor:
-    """Return W / divisor(sigma) after power iterations, which leave their vectors in u and v.
-
-    ``dim``, by default the rule's, is the dimension of the weight that makes the rows of the matrix W.
-    """
-    if dim is None:
-        dim = rule.dim
-    if type(weight) not in _PLAIN:
-        refuse_sharded_weight("spectral_norm", weight)
-    if wants_formula() or weight.is_complex():
-        return _formula(rule, weight, u, v, n_power_iterations, dim)
-    normalized: Tensor = _ops.spectral_norm_(
-        weight, u, v, dim, n_power_iterations, rule.eps, rule.v_first, rule.target, rule.shrink_only
-    )
-    return normalized
-
-
-def wants_formula() -> bool:
-    """Whether a formula of torch's operators must do: forward-mode derivatives, torch.func, export, jit.trace."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return transformed() or torch._C._get_tracing_state() is not None
-
-
-def _formula(rule: Rule, weight: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, dim: int) -> Tensor:
-    """What the operator computes, and the same of complex weights."""
-    if torch.is_autocast_enabled(weight.device.type):
-        with torch.autocast(weight.device.type, enabled=False):
-            return _formula(rule, weight, u, v, n_power_iterations, dim)
-    wide = weight.to(accumulation_dtype(weight.dtype))
-    matrix = wide.movedim(dim, 0).flatten(1) if wide.dim() > 1 else wide[:, None]
-    if not n_power_iterations:
-        new_u, new_v = u.to(wide.dtype, copy=True), v.to(wide.dtype, copy=True)
-    else:
-        with torch.no_grad():
-            constant, new_u, new_v = matrix.detach(), u.to(wide.dtype), v.to(wide.dtype)
-            for _ in range(n_power_iterations):
-                if rule.v_first:
-                    new_v = _unit(torch.mv(constant.mH, new_u), new_v)
-                new_u = _unit(torch.mv(constant, new_v), new_u)
-                if not rule.v_first:
-                    new_v = _unit(torch.mv(constant.mH, new_u), new_v)
-            for buffer, vector in ((u, new_u), (v, new_v)):
-                torch.mul(vector, 1, out=buffer)  # a copy; to a captured tensor torch.func lets only out= write
-    sigma = (new_u.conj() * torch.mv(matrix, new_v)).sum()
-    divisor = torch.where(sigma == 0, rule.eps, sigma) / rule.target
-    if rule.shrink_only:
-        divisor = torch.where(sigma.abs() <= rule.target, 1.0, divisor)
-    return (wide / divisor).to(weight.dtype)
-
-
-def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
-    """Return x / |x|, or the other vector where |x| is zero or not finite."""
-    x = x / x.abs().sum()  # so that no square leaves the range of floating-point numbers; NaN for a vector of zeros
-    norm = torch.linalg.vector_norm(x)
-    return torch.where(norm.isfinite(), x / norm, otherwise)
-
-
-PENDING = "_spectral_norm_pending"
-"""The attribute in which a module keeps, by name, what a group has found for it: see ``spectral_group``."""
-
-
-@dataclasses.dataclass
-class Pending:
-    """A normalized weight that was found for a layer before its forward, and the vectors that are still to be stored.
-
-    It is good for one use of the layer, and only if that would find the same: the weight unchanged, and as many
-    iterations to be made.
-    """
-
-    normalized: Tensor
-    u: Tensor
-    v: Tensor
-    weight: Tensor
-    version: int
-    buffers: tuple[Tensor, Tensor]
-    iterations: int
-    taken: bool = False
-
-    def serves(self, weight: Tensor, iterations: int) -> bool:
-        return (
-            not self.taken
-            and weight is self.weight
-            and weight._version == self.version
-            and iterations == self.iterations
-            and (self.normalized.requires_grad or not (weight.requires_grad and torch.is_grad_enabled()))
-        )
-
-
-def take_pending(owner: nn.Module, name: str, weight: Tensor, iterations: int) -> Tensor | None:
-    """Return the normalized weight that was found for this use of a layer, if there is one."""
-    pending: Pending | None = owner.__dict__[PENDING].get(name)
-    if pending is None:
-        return None
-    if pending.serves(weight, iterations):
-        pending.taken = True
-        return pending.normalized
-    del owner.__dict__[PENDING][name]
-    if pending.taken and pending.iterations:  # the layer is used again: its vectors go on from the first use
-        with torch.no_grad():
-            torch._foreach_copy_(pending.buffers, (pending.u, pending.v))
-    return None
-
-
-class SpectralNorm(_TorchSpectralNorm):
-    """Torch's hook, with everything between the buffers and the normalized weight done by one operator.
-
-    Buffers, state dict and removal are torch's own, so that either library handles the other's modules.
-    """
-
-    v_first = True
-    target = 1.0
-    shrink_only = False
-    _module: weakref.ref[nn.Module] | None = None
-
-    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
-        """Return W / divisor(sigma); with ``do_power_iteration`` update the buffers u and v in place before."""
-        name = self.name
-        buffers: dict[str, Any] = module._buffers  # attributes, found without the detour of Module.__getattr__
-        weight = module._parameters.get(name + "_orig")
-        if weight is None:  # a plain attribute, as in a replica of DataParallel
-            weight = getattr(module, name + "_orig")
-        iterations = self.n_power_iterations if do_power_iteration else 0
-        if not torch.compiler.is_compiling() and PENDING in module.__dict__:
-            found = take_pending(module, name, weight, iterations)
-            if found is not None:
-                return found
-        return normalized_weight(self, weight, buffers[name + "_u"], buffers[name + "_v"], iterations)
-
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
-        """Give the module its normalized weight; with a power iteration if it is in training mode."""
-        name, attributes = self.name, module.__dict__
-        if name in module._parameters or name in module._buffers:  # registered anew: Module says what is wrong with it
-            setattr(module, name, self.compute_weight(module, module.training))
-        elif torch.compiler.is_compiling():
-            object.__setattr__(module, name, self.compute_weight(module, module.training))
-        elif module.training and name in attributes:
-            attributes[name] = None  # the memory of the last weight, which is still in cache, can serve the next
-            try:
-                attributes[name] = self.compute_weight(module, True)
-            finally:
-                if attributes[name] is None:
-                    attributes[name] = getattr(module, name + "_orig").data
-        else:
-            attributes[name] = self.compute_weight(module, module.training)
-        if self._module is None:
-            self._module = weakref.ref(module)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNorm:
-        """Copy; and let a module be copied whose normalized weight carries a graph, which torch refuses.
-
-        Hooks are copied before the plain attributes of a module, so what stands in the memo now is what the copy gets.
-        """
-        copied = copy.copy(self)
-        memo[id(self)] = copied
-        module = None if self._module is None else self._module()
-        if module is not None:
-            weight = module.__dict__.get(self.name)
-            if isinstance(weight, Tensor) and not weight.is_leaf:
-                memo[id(weight)] = weight.detach().clone()
-            owner = memo.get(id(module))
-            copied._module = None if owner is None else weakref.ref(owner)
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_module"}
-
 
 def spectral_norm(
-    module: M, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+    module: M,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    target: float = 1.0,
+    shrink_only: bool = False,
+    fold: bool = False,
 ) -> M:
     """Normalize ``module.weight`` by its largest singular value before every forward.
 
@@ -246,18 +51,27 @@ def spectral_norm(
         n_power_iterations: power iterations per forward in training; none are made in evaluation.
         eps: the divisor where sigma is 0.
         dim: the dimension of outputs, the rows of the matrix; by default 1 for transposed convolutions, else 0.
+        target: the norm that the weight gets.
+        shrink_only: leave a weight whose norm is below the target as it is (Gouk et al., arXiv:1804.04368).
+        fold: divide the output of a linear layer or convolution instead of its weight, which saves writing W / sigma in
+            the forward and reading W in the backward pass: the same up to rounding, quicker where the weight is large
+            beside the inputs. ``module.weight`` still reads as W / sigma, but is computed by each read. Under
+            torch.func and export the weight is divided; gradient penalties take autograd's engine.
 
     Raises:
         KeyError: the module has no such parameter.
         RuntimeError: the parameter is normalized already.
-        ValueError: the parameter is None or uninitialized, ``n_power_iterations`` is not positive, or ``eps`` is
-            negative or not finite.
+        ValueError: the parameter is None or uninitialized, ``n_power_iterations`` is not positive, ``eps`` is negative
+            or not finite, or ``target`` is not positive and finite.
         TypeError: an argument is of another type.
         NotImplementedError: the weight is complex (torch would use the transpose, not the adjoint), or sharded: a
-            DTensor, or a parameter of an FSDP module, here or in a forward.
+            DTensor, or a parameter of an FSDP module, here or in a forward; or ``fold`` of another module or weight.
         IndexError: ``dim`` is out of range.
     """
-    dim = checked_options(module, name, n_power_iterations, eps, dim)
+    dim = checked_options(module, name, n_power_iterations, eps, dim, target, shrink_only)
+    check_type("spectral_norm", "fold", fold, bool, "True or False")
+    if fold:
+        spectral_fold.check_folds(module, name)
     if name not in module._parameters and name + "_orig" not in module._parameters:
         raise KeyError(f"spectral_norm: name must be a parameter of the module, got {name!r}")
     weight = module._parameters.get(name)
@@ -268,9 +82,13 @@ def spectral_norm(
         if not -max(weight.dim(), 1) <= dim < max(weight.dim(), 1):
             raise IndexError(f"spectral_norm: dim must be in [{-weight.dim()}, {weight.dim() - 1}], got {dim}")
         dim %= max(weight.dim(), 1)
-    hook = _TorchSpectralNorm.apply(module, name, n_power_iterations, dim, eps)
+    hook: Any = _TorchSpectralNorm.apply(module, name, n_power_iterations, dim, eps)
     hook.__class__ = SpectralNorm
-    hook._module = weakref.ref(module)  # type: ignore[attr-defined]
+    hook._module = weakref.ref(module)
+    if (target, shrink_only) != (1, False):
+        hook.target, hook.shrink_only = float(target), shrink_only
+    if fold:
+        spectral_fold.fold(module, hook)
     return module
 
 
@@ -284,6 +102,7 @@ def remove_spectral_norm(module: M, name: str = "weight") -> M:
         ValueError: the parameter is not normalized.
     """
     check_module("remove_spectral_norm", "module", module)
+    spectral_fold.unfold(module)
     _torch_remove(module, name)
     for key, hook in module._load_state_dict_pre_hooks.items():
         load_hook = getattr(hook, "hook", hook)

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as _TorchHook
 from . import _ops, parametrizations
 from ._checks import check_module
 from ._distributed import refuse_sharded_weight
-from .spectral import PENDING, Pending, Rule, SpectralNorm, wants_formula
+from .spectral_hook import PENDING, Pending, Rule, SpectralNorm, wants_formula
 
 __all__ = ["SpectralNormGroup", "fuse_spectral_norm_"]
 

@@ -5,6 +5,7 @@
 //   spectral_norm_sigma     u, v and sigma alone
 //   spectral_norm_backward  the gradient of all of them
 //   spectral_norm_          W / divisor(sigma), with u and v updated in place
+//   spectral_norm_fold_     W as it is and sigma, with u and v updated in place
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -21,6 +22,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -439,6 +441,24 @@ Tensor forward_in_place(const Tensor& weight, const Tensor& u, const Tensor& v, 
   return normalized;
 }
 
+// The weight as it is and sigma, for a layer that divides its output: their gradients G and g become G + g u v^T.
+std::tuple<Tensor, Tensor> forward_fold(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim,
+                                        int64_t n_power_iterations, double eps, bool v_first) {
+  static const auto op = operator_called<decltype(forward_sigma)>("wgan_ext::spectral_norm_sigma");
+  const auto [new_u, new_v, sigma] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(weight, u, v, dim, n_power_iterations, eps, v_first);
+  }();
+  if (n_power_iterations > 0) {
+    const at::AutoDispatchBelowAutograd guard;
+    u.copy_(new_u);
+    v.copy_(new_v);
+  }
+  if (!c10::GradMode::is_enabled() || !wants_grad(weight)) return {weight, sigma};
+  const Normalized with_graph = attached(weight, {weight, new_u, new_v, sigma}, dim, HUGE_VAL, true);
+  return {std::get<0>(with_graph), std::get<3>(with_graph)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wgan_ext, CPU, m) {
@@ -459,6 +479,9 @@ TORCH_LIBRARY_IMPL(wgan_ext, Autograd, m) {
   m.impl("spectral_norm_sigma", forward_sigma_autograd);
   m.impl("spectral_norm_backward", backward_autograd);
 }
-TORCH_LIBRARY_IMPL(wgan_ext, CompositeImplicitAutograd, m) { m.impl("spectral_norm_", forward_in_place); }
+TORCH_LIBRARY_IMPL(wgan_ext, CompositeImplicitAutograd, m) {
+  m.impl("spectral_norm_", forward_in_place);
+  m.impl("spectral_norm_fold_", forward_fold);
+}
 
 }  // namespace wgan_ext::spectral
