@@ -10,9 +10,11 @@ except ImportError as error:
         "run `make build` in the checkout, or `pip install --no-build-isolation .`"
     ) from error
 from ._build import BuildInfo, build_info
+from .bounds import operator_norm_bound
 from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
+from .norms import operator_norm, singular_values
 from .penalty import GradientPenalty, gradient_penalty
 from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
 from .spectral import remove_spectral_norm, spectral_norm
@@ -37,7 +39,10 @@ __all__ = [
     "gradient_penalty",
     "input_gradient",
     "js_divergence",
+    "operator_norm",
+    "operator_norm_bound",
     "remove_spectral_norm",
+    "singular_values",
     "sinkhorn",
     "sinkhorn_divergence",
     "spectral_norm",
