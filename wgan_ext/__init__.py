@@ -13,6 +13,7 @@ from ._build import BuildInfo, build_info
 from .bounds import operator_norm_bound
 from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
+from .lipschitz import LayerBound, LayerNorms, LipschitzBound, SpectralReport, lipschitz_bound, spectral_report
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
 from .norms import operator_norm, singular_values
 from .penalty import GradientPenalty, gradient_penalty
@@ -27,8 +28,12 @@ __all__ = [
     "CriticLossParts",
     "CriticPlan",
     "GradientPenalty",
+    "LayerBound",
+    "LayerNorms",
     "LayerPlan",
+    "LipschitzBound",
     "SinkhornResult",
+    "SpectralReport",
     "build_info",
     "clip_weights_",
     "critic_loss",
@@ -39,6 +44,7 @@ __all__ = [
     "gradient_penalty",
     "input_gradient",
     "js_divergence",
+    "lipschitz_bound",
     "operator_norm",
     "operator_norm_bound",
     "remove_spectral_norm",
@@ -46,6 +52,7 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_divergence",
     "spectral_norm",
+    "spectral_report",
     "wasserstein_1d",
     "wgan_gp_loss",
 ]

@@ -302,7 +302,8 @@ def _grams(
             if len(one):
                 where = (one * size + other).to(G.device)
                 G.index_add_(1, where, product[:, None].expand(-1, len(one), -1, -1))
-        yield G.view(-1, size, size, channels, channels).transpose(2, 3).reshape(len(part), size * channels, size * channels)
+        n = size * channels
+        yield G.view(-1, size, size, channels, channels).transpose(2, 3).reshape(-1, n, n)
 
 
 def _all_places(axes: list[_Axis]) -> tuple[Tensor, int]:
