@@ -20,7 +20,7 @@ from ._checks import check_module
 from ._ops import Function, Kind, Pad, Resize
 from .bounds import certified_norm
 from .norms import largest_singular
-from .operators import Matrix, convolution, effective_weight, map_of, matrix_of, output_dim, padded_index
+from .operators import Matrix, convolution, effective_weight, map_of, matrix_of, output_dim, padded_index, shape_of
 from .plans import parameters_unchanged, plan_for
 
 __all__ = ["LayerBound", "LayerNorms", "LipschitzBound", "SpectralReport", "lipschitz_bound", "spectral_report"]
@@ -101,12 +101,13 @@ def lipschitz_bound(critic: nn.Module, input_shape: Sequence[int]) -> LipschitzB
         input_shape: That of one sample, without the batch.
 
     Raises:
-        TypeError, ValueError: the critic is no module, or does not take batches of this shape.
-        NotImplementedError: the critic cannot be traced, or a layer, which is named, has no known Lipschitz constant.
+        TypeError, ValueError: the critic is no module, or ``input_shape`` no shape.
+        NotImplementedError: the critic cannot be traced, its forward failing on inputs of this shape included, or a
+            layer, which is named, has no known Lipschitz constant.
     """
     function = "lipschitz_bound"
     check_module(function, "critic", critic)
-    shape = _shape_of(function, input_shape)
+    shape = shape_of(function, input_shape)
     x = _random(critic, shape)
     plan = plan_for(critic, x, (), {})
     trace = plan.trace
@@ -132,12 +133,6 @@ def lipschitz_bound(critic: nn.Module, input_shape: Sequence[int]) -> LipschitzB
             factor = bound * before.factor / before.bound if before.bound else 0.0
         rows.append(LayerBound(path, layer, factor, bound))
     return LipschitzBound(walk.bounds[-1] * (1 + 1e-12), tuple(rows))
-
-
-def _shape_of(function: str, input_shape: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(input_shape, int) or not all(isinstance(n, int) and n > 0 for n in input_shape):
-        raise ValueError(f"{function}: input_shape must be the positive sizes of one sample, got {input_shape!r}")
-    return tuple(input_shape)
 
 
 def _random(critic: nn.Module, shape: tuple[int, ...], batch: int = 3) -> Tensor:
@@ -418,17 +413,20 @@ def spectral_report(model: nn.Module, input_shape: Sequence[int] | None = None) 
     check_module(function, "model", model)
     shapes: dict[nn.Module, tuple[int, ...]] = {}
     if input_shape is not None:
-        shapes = _input_shapes(model, _random(model, _shape_of(function, input_shape), batch=1))
+        shapes = _input_shapes(model, _random(model, shape_of(function, input_shape), batch=1))
     rows = []
+    generator = torch.Generator().manual_seed(0)
     for name, module in model.named_modules():
         if not isinstance(module, _LAYERS) or not isinstance(getattr(module, "weight", None), Tensor):
             continue
         weight = effective_weight(module).detach().double()
         matrix = matrix_of(weight, output_dim(module))
-        norms = [float(largest_singular(Matrix(*matrix.shape), matrix).values[0]), math.nan, math.nan]
+        found = largest_singular(Matrix(*matrix.shape), matrix, generator=generator)
+        norms = [float(found.values[0]), math.nan, math.nan]
         if isinstance(module, nn.Linear) or module in shapes:
             layer = map_of(function, module, shapes.get(module))
-            norms[1:] = float(largest_singular(layer, weight).values[0]), certified_norm(layer, weight)
+            found = largest_singular(layer, weight, generator=generator)
+            norms[1:] = float(found.values[0]), certified_norm(layer, weight)
         described = type(module).__name__.removeprefix("Parametrized")
         rows.append(LayerNorms(name, f"{described}({module.extra_repr()})", _divisor(module, weight), *norms))
     return SpectralReport(tuple(rows))

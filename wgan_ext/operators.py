@@ -161,10 +161,19 @@ def output_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, _TRANSPOSED) else 0
 
 
+def shape_of(function: str, input_shape: Any) -> tuple[int, ...]:
+    """The shape as a tuple; raises TypeError unless it is of integers, ValueError unless these are positive."""
+    if not isinstance(input_shape, Sequence) or not all(isinstance(n, int) for n in input_shape):
+        raise TypeError(f"{function}: input_shape must be a sequence of integers, got {input_shape!r}")
+    if not input_shape or min(input_shape) < 1:
+        raise ValueError(f"{function}: input_shape must hold positive sizes, got {tuple(input_shape)}")
+    return tuple(input_shape)
+
+
 def map_of(function: str, module: nn.Module, input_shape: Sequence[int] | None) -> LayerMap:
     """The map of a layer on inputs of this shape, (channels, *spatial); a linear layer needs none."""
     if isinstance(module, nn.Linear):
-        if input_shape is not None and tuple(input_shape)[-1:] != (module.in_features,):
+        if input_shape is not None and shape_of(function, input_shape)[-1] != module.in_features:
             raise ValueError(
                 f"{function}: input_shape must end in {module.in_features}, the layer's features, "
                 f"got {tuple(input_shape)}"
@@ -178,8 +187,8 @@ def map_of(function: str, module: nn.Module, input_shape: Sequence[int] | None) 
     n = len(module.kernel_size)
     if input_shape is None:
         raise ValueError(f"{function}: input_shape must be given for a convolution, (channels, *spatial)")
-    shape = tuple(int(size) for size in input_shape)
-    if len(shape) != n + 1 or shape[0] != module.in_channels or min(shape) < 1:
+    shape = shape_of(function, input_shape)
+    if len(shape) != n + 1 or shape[0] != module.in_channels:
         raise ValueError(
             f"{function}: input_shape must be ({module.in_channels}, {', '.join(['size'] * n)}), without a batch, "
             f"got {shape}"
