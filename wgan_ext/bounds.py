@@ -30,7 +30,7 @@ __all__ = ["certified_norm", "operator_norm_bound"]
 
 _SLACK = 1e-4  # relative, of squares: what the first factorization allows above the estimate
 _TARGET = 1.01  # a bound within this factor of the estimate is not improved
-_BUDGET = 2e10  # floating-point operations that improving one may take
+_BUDGET = 2e11  # floating-point operations, or so, that improving one may take
 _LARGEST = 4096  # rows of a matrix to factorize
 _FLOOR = 1e-24  # a square next to which a largest weight of 1 counts for nothing; no matrix is below 0
 _CHUNK = 1 << 28  # bytes of matrices at a time
@@ -240,25 +240,28 @@ def _convolution_bound(layer: Convolution, weight: Tensor, estimate: float, any_
 
 
 def _choices(axes: list[_Axis], tori: list[_Torus], weight: Tensor, any_size: bool) -> Iterator[tuple[int, ...]]:
-    """Sets of dimensions to take as they are: none, and those that the budget allows, the cheapest first."""
+    """Sets of dimensions to take as they are: none, then all, or single ones, as the budget allows."""
     yield ()
     if any_size:
         return
     dims = range(len(axes))
-    choices = []
-    for exact in {*((a,) for a in dims), tuple(dims)}:
-        rows, columns = weight.shape[1], weight.shape[2]
-        count = weight.shape[0]
+    whole = tuple(dims)
+    costs = {}
+    for exact in {whole, *((a,) for a in dims)}:
+        count, rows, columns = weight.shape[:3]
         for a in dims:
             if a in exact:
                 rows, columns = rows * axes[a].t, columns * axes[a].n
             else:
                 columns, count = columns * tori[a].phases, count * tori[a].cells
         n = min(rows, columns)
-        if n <= _LARGEST and count * n**3 <= _BUDGET:
-            choices.append((count * n**3, exact))
-    for _, exact in sorted(choices):
-        yield exact
+        cost = count * n**3 * (1 if exact == whole else 4 * 3)  # complex, and factorized several times
+        if n <= _LARGEST and cost <= _BUDGET:
+            costs[exact] = cost
+    if whole in costs:
+        yield whole  # the norm itself
+    else:
+        yield from sorted(costs, key=costs.__getitem__)
 
 
 def _grams(
