@@ -171,7 +171,7 @@ def operator_norm(
         module: A Linear, Conv1d, 2d or 3d, or ConvTranspose1d, 2d or 3d, of any stride, padding, padding mode,
             dilation, groups and output padding.
         input_shape: (channels, *spatial) of the inputs of a convolution, without a batch; a linear layer needs none.
-        tol: The relative error to stop at, by a residual bound that presumes that a random start has some of every vector.
+        tol: The relative error to stop at, by a residual bound; presumes that a random start has some of each vector.
         max_iter: The most applications of the layer and its adjoint, each.
         generator: For the start; torch's global one if None.
 
