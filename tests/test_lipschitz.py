@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import wgan_ext
 from wgan_ext import bounds, lipschitz_bound, operator_norm, operator_norm_bound, singular_values, spectral_report
-from wgan_ext.norms import largest_singular
+from wgan_ext.norms import Singular, largest_singular
 from wgan_ext.operator_spectral import operator_spectral_norm
 from wgan_ext.operators import LayerMap, map_of
 
@@ -273,17 +273,23 @@ def test_multiple_singular_values_are_found() -> None:
 # operator_norm_bound
 
 
-@pytest.mark.parametrize("budget", [0, None])
-def test_the_bound_is_never_below_the_norm(budget: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if budget is not None:  # then no dimension is taken as it is
-        monkeypatch.setattr(bounds, "_BUDGET", budget)
-    rng = random.Random(budget)
-    for _ in range(500):
+def test_the_bound_is_above_the_norm_by_1_percent_at_most() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
         module, shape = random_layer(rng)
-        true, bound = norm(dense(module, shape)), operator_norm_bound(module, shape).item()
-        assert bound >= true, (module, shape)
-        if budget is None:
-            assert bound <= 1.01 * true + 1e-10, (module, shape)
+        true = norm(dense(module, shape))
+        assert true <= operator_norm_bound(module, shape).item() <= 1.01 * true + 1e-10, (module, shape)
+
+
+@pytest.mark.parametrize("budget", [0, 2e11])
+def test_the_bound_needs_no_estimate(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = Singular(torch.zeros(1), torch.zeros(1), torch.zeros(1), 0, True)
+    monkeypatch.setattr(bounds, "largest_singular", lambda *args, **kwargs: nothing)
+    monkeypatch.setattr(bounds, "_BUDGET", budget)  # 0: no dimension is taken as it is
+    rng = random.Random(1)
+    for _ in range(400):
+        module, shape = random_layer(rng)
+        assert operator_norm_bound(module, shape).item() >= norm(dense(module, shape)), (module, shape)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -398,7 +404,8 @@ ACTIVATIONS: list[nn.Module] = [
 def test_activations_have_their_largest_slope(activation: nn.Module) -> None:
     true = slope_of(activation)
     bound = float(lipschitz_bound(nn.Sequential(activation), (3,)))
-    assert true / (1 + 1e-7) <= bound <= true * (1 + 1e-7)  # torch rounds the slope of CELU
+    rounding = 1e-7 if isinstance(activation, nn.CELU) else 1e-12  # torch rounds CELU's
+    assert true / (1 + rounding) <= bound <= true * (1 + 1e-7)
 
 
 def test_prelu_and_batch_norm_have_their_largest_slope() -> None:
