@@ -1,6 +1,7 @@
 """Every public function refuses wrong arguments by name: the function, the argument, the demand and what came."""
 
 import dataclasses
+import functools
 import inspect
 import math
 import operator
@@ -101,6 +102,42 @@ def of_scores(function: Callable[..., Tensor]) -> list[Row]:
             (lambda f: f(X, X.double()), TypeError, rf"{last} must have the dtype of {first} \(torch.float32\), got"),
             (lambda f: f(X, META), ValueError, rf"{last} must be on the device of {first} \(cpu\), got meta"),
             (lambda f: f(X, X[:0]), ValueError, rf"{last} must not be empty, got shape \(0, 3\)"),
+        ]
+    return rows
+
+
+def of_layers(function: Callable[..., Tensor]) -> list[Row]:
+    """The rows of a norm of a layer."""
+    options = inspect.signature(function).parameters
+    conv = functools.partial(nn.Conv1d, 2, 3, 3)
+    small = functools.partial(conv, padding=2, padding_mode="reflect")
+    infinite = linear()
+    nn.init.constant_(infinite.weight, math.inf)
+
+    def call(f: Any, module: Any, shape: Any = None) -> object:
+        return f(module, input_shape=shape)
+
+    rows: list[Row] = [
+        (lambda f: call(f, 5), TypeError, "module must be an nn.Module, got int"),
+        (lambda f: call(f, nn.Bilinear(2, 2, 2), (3,)), TypeError, "module must be a Linear, .* got Bilinear"),
+        (lambda f: call(f, linear(), 3), TypeError, "input_shape must be a sequence of integers, got 3"),
+        (lambda f: call(f, linear(), (2, 4)), ValueError, r"must end in 3, the layer's features, got \(2, 4\)"),
+        (lambda f: call(f, conv(), (2,)), ValueError, r"input_shape must be \(2, size\), without a batch, got \(2,\)"),
+        (lambda f: call(f, conv(), (3, 5)), ValueError, r"input_shape must be \(2, size\), .* got \(3, 5\)"),
+        (lambda f: call(f, conv(), (2, 0)), ValueError, r"input_shape must hold positive sizes, got \(2, 0\)"),
+        (lambda f: call(f, conv(), (2, 1)), ValueError, r"input_shape is too small for the layer, got \(2, 1\)"),
+        (lambda f: call(f, small(), (2, 2)), ValueError, r"input_shape is too small for the layer, got \(2, 2\)"),
+        (lambda f: call(f, infinite), ValueError, "the weight must be finite"),
+        (lambda f: call(f, linear(dtype=torch.cfloat)), TypeError, "the weight must be a floating-point tensor"),
+    ]
+    if function is not wgan_ext.singular_values:
+        rows.append((lambda f: call(f, small()), ValueError, "input_shape must be given for a convolution"))
+    if "tol" in options:
+        rows += [
+            (lambda f: f(linear(), tol=0), ValueError, "tol must be between 0 and 1, got 0"),
+            (lambda f: f(linear(), tol="a"), TypeError, "tol must be a number, got str"),
+            (lambda f: f(linear(), max_iter=0), ValueError, "max_iter must be at least 1, got 0"),
+            (lambda f: f(linear(), generator=5), TypeError, "generator must be a torch.Generator, got int"),
         ]
     return rows
 
@@ -296,6 +333,27 @@ ROWS: dict[str, list[Row]] = {
         (lambda f: f(linear(), "bias", dim=1), IndexError, r"dim must be in \[-1, 0\], got 1"),
         (lambda f: f(linear(), dim="a"), TypeError, "dim must be an integer, got str"),
         (lambda f: f(nn.BatchNorm1d(3), "num_batches_tracked"), TypeError, "must be a floating-point or complex"),
+    ],
+    **{name: of_layers(getattr(wgan_ext, name)) for name in ("operator_norm", "operator_norm_bound")},
+    "singular_values": [
+        *of_layers(wgan_ext.singular_values),
+        (lambda f: f(linear(), 0), ValueError, "k must be at least 1, got 0"),
+        (lambda f: f(linear(), 1.5), TypeError, "k must be an integer, got float"),
+        (lambda f: f(linear(), 4), ValueError, "k must be at most the number of singular values, got 4"),
+        (lambda f: f(linear(), name="w"), AttributeError, "no attribute 'w'"),
+    ],
+    "lipschitz_bound": [
+        (lambda f: f(5, (3,)), TypeError, "critic must be an nn.Module, got int"),
+        (lambda f: f(CRITIC, 3), TypeError, "input_shape must be a sequence of integers, got 3"),
+        (lambda f: f(CRITIC, (0,)), ValueError, r"input_shape must hold positive sizes, got \(0,\)"),
+        (lambda f: f(CRITIC, (4,)), NotImplementedError, "its forward fails on a batch of 2 samples"),
+        (lambda f: f(UNKNOWN, (3,)), NotImplementedError, "this critic cannot be bounded: layer '1', Softmax"),
+        (lambda f: f(nn.DataParallel(CRITIC), (3,)), NotImplementedError, "the critic is wrapped in DataParallel"),
+    ],
+    "spectral_report": [
+        (lambda f: f(5), TypeError, "model must be an nn.Module, got int"),
+        (lambda f: f(CRITIC, 3), TypeError, "input_shape must be a sequence of integers, got 3"),
+        (lambda f: f(CRITIC, (4,)), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
     ],
     "remove_spectral_norm": [
         (lambda f: f(5), TypeError, "module must be an nn.Module, got int"),

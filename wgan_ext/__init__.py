@@ -13,10 +13,13 @@ from ._build import BuildInfo, build_info  # first, since it refuses a build for
 
 # isort: split
 from . import parametrizations
+from .bounds import operator_norm_bound
 from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
+from .lipschitz import LayerBound, LayerNorms, LipschitzBound, SpectralReport, lipschitz_bound, spectral_report
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
 from .memory import empty_cache
+from .norms import operator_norm, singular_values
 from .penalty import GradientPenalty, gradient_penalty
 from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
 from .spectral import remove_spectral_norm, spectral_norm
@@ -30,8 +33,12 @@ __all__ = [
     "CriticLossParts",
     "CriticPlan",
     "GradientPenalty",
+    "LayerBound",
+    "LayerNorms",
     "LayerPlan",
+    "LipschitzBound",
     "SinkhornResult",
+    "SpectralReport",
     "build_info",
     "clip_weights_",
     "critic_loss",
@@ -44,11 +51,16 @@ __all__ = [
     "gradient_penalty",
     "input_gradient",
     "js_divergence",
+    "lipschitz_bound",
+    "operator_norm",
+    "operator_norm_bound",
     "parametrizations",
     "remove_spectral_norm",
+    "singular_values",
     "sinkhorn",
     "sinkhorn_divergence",
     "spectral_norm",
+    "spectral_report",
     "wasserstein_1d",
     "wgan_gp_loss",
 ]

@@ -37,7 +37,7 @@ from .tracing import (
     trace,
 )
 
-__all__ = ["Plan", "compute_dtype", "plan_for", "read_parameters"]
+__all__ = ["Plan", "compute_dtype", "parameters_unchanged", "plan_for", "read_parameters"]
 
 
 @dataclasses.dataclass
@@ -362,6 +362,12 @@ def _read(
         result = _function(step)(*[decode(arg) for arg in step.args], **{key: decode(arg) for key, arg in step.kwargs})
         slots += tensors_in(result)
     return [decode(source) for source in t.parameters]
+
+
+def parameters_unchanged(plan: Plan, critic: nn.Module, batch: int) -> list[Tensor]:
+    """The parameters as the next evaluation would read them, without a graph; buffers stay as they are."""
+    with _lock, torch.no_grad(), frozen_weights(critic):
+        return [p.detach() for p in read_parameters(plan, critic, (), {}, batch, hooks=False)]
 
 
 def _module(plan: Plan, critic: nn.Module, path: str) -> nn.Module:

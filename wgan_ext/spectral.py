@@ -6,7 +6,8 @@ Miyato et al., Spectral Normalization for Generative Adversarial Networks (arXiv
 from __future__ import annotations
 
 import weakref
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm as _TorchSpectralNorm
@@ -17,6 +18,7 @@ from . import spectral_fold
 from ._checks import check_module, check_type
 from ._distributed import refuse_sharded_weight
 from .spectral_hook import SpectralNorm, checked_options
+from .spectral_operator import normalize_operator
 
 __all__ = ["remove_spectral_norm", "spectral_norm"]
 
@@ -33,6 +35,8 @@ def spectral_norm(
     target: float = 1.0,
     shrink_only: bool = False,
     fold: bool = False,
+    kind: Literal["matrix", "operator"] = "matrix",
+    input_shape: Sequence[int] | None = None,
 ) -> M:
     """Normalize ``module.weight`` by its largest singular value before every forward.
 
@@ -57,6 +61,11 @@ def spectral_norm(
             the forward and reading W in the backward pass: the same up to rounding, quicker where the weight is large
             beside the inputs. ``module.weight`` still reads as W / sigma, but is computed by each read. Under
             torch.func and export the weight is divided; gradient penalties take autograd's engine.
+        kind: "matrix", the largest singular value of the reshaped weight, as torch; or "operator", the norm of the
+            layer as a map of its inputs, as ``operator_norm``, which for convolutions is another (Gouk et al.,
+            algorithm 2). The buffers ``weight_u`` and ``weight_v`` then have the shapes of an output and an input,
+            start converged, and an iteration costs the layer and its adjoint on one input.
+        input_shape: of kind "operator": (channels, *spatial) of the inputs of a convolution, without a batch.
 
     Raises:
         KeyError: the module has no such parameter.
@@ -68,8 +77,17 @@ def spectral_norm(
             DTensor, or a parameter of an FSDP module, here or in a forward; or ``fold`` of another module or weight.
         IndexError: ``dim`` is out of range.
     """
-    dim = checked_options(module, name, n_power_iterations, eps, dim, target, shrink_only)
+    given_dim, dim = dim, checked_options(module, name, n_power_iterations, eps, dim, target, shrink_only)
+    if kind not in ("matrix", "operator"):
+        raise ValueError(f"spectral_norm: kind must be 'matrix' or 'operator', got {kind!r}")
     check_type("spectral_norm", "fold", fold, bool, "True or False")
+    if kind == "operator":
+        if given_dim is not None or fold:
+            raise ValueError("spectral_norm: kind='operator' has no dim, which shapes a matrix, and no fold")
+        normalize_operator(module, input_shape, name, n_power_iterations, eps, target, shrink_only)
+        return module
+    if input_shape is not None:
+        raise ValueError(f"spectral_norm: input_shape goes with kind='operator', got {tuple(input_shape)}")
     if fold:
         spectral_fold.check_folds(module, name)
     if name not in module._parameters and name + "_orig" not in module._parameters:

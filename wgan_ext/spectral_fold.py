@@ -111,7 +111,7 @@ class FoldedSpectralNorm(SpectralNorm):
             del attributes["bias"]
         if output is None:  # the forward raised
             return None
-        factor = divisor.reciprocal()
+        factor: Tensor = divisor.reciprocal()
         if bias is None:
             return output * factor
         if not isinstance(module, nn.Linear):

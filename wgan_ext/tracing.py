@@ -74,6 +74,8 @@ class Trace:
     obstacle: str = ""
     layers: tuple[LayerPlan, ...] = ()
     program: list[int] = dataclasses.field(default_factory=list)
+    places: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    """Where each record comes from: the path of the module that ran, and its class, or the function that it called."""
     scalars: list[float] = dataclasses.field(default_factory=list)
     parameters: list[Source] = dataclasses.field(default_factory=list)
     steps: list[Step] = dataclasses.field(default_factory=list)
@@ -343,6 +345,7 @@ class Recorder(TorchFunctionMode):
         self.trace = Trace()
         self.batch, self.dtype = len(inputs[0]), inputs[0].dtype
         self.count = 0  # of values
+        self.function = ""  # whose record is being written
         self.slots = 0
         self.kept: list[Any] = []  # so that no id is used twice
         self.called: set[nn.Module] = set()
@@ -493,6 +496,8 @@ class Recorder(TorchFunctionMode):
         """Add a record whose value has this shape, the batch included."""
         if len(shape) == 0 or shape[0] != self.batch:
             raise Obstacle(f"does not keep the batch as dimension 0: it makes shape {tuple(shape)}")
+        path, _, row = self.running[-1] if self.running else ("", None, -1)
+        self.trace.places.append((path, self.rows[row].layer if row >= 0 else f"{self.function}()"))
         self.trace.program += [kind, len(payload), *payload, len(shape) - 1, *shape[1:]]
         self.count += 1
         return self.count - 1
@@ -573,6 +578,7 @@ class Recorder(TorchFunctionMode):
             bound = inspect.signature(handler).bind(self, result, *args, **kwargs)
         except TypeError:
             raise Obstacle("is called with arguments that the analytic engine does not know") from None
+        self.function = name
         values = handler(*bound.args, **bound.kwargs)
         if self.running and self.running[-1][2] < 0 and name not in _UNSEEN:
             self.rows.append(LayerPlan(self.running[-1][0], f"{name}()", "analytic", ""))
