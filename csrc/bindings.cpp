@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "state.h"
 
 namespace py = pybind11;
 
@@ -97,6 +98,9 @@ PYBIND11_MODULE(_C, m) {
                const Tensor&, std::string_view)>::bind(m, "sinkhorn_gradient");
   Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&, std::string_view)>::bind(
       m, "sinkhorn_weight_gradient");
+
+  // what a plan depends on
+  m.def("state_of", &wgan_ext::state_of);
 
   // build facts
   m.attr("torch_version") = py::make_tuple(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH);
