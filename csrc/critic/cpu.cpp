@@ -371,7 +371,7 @@ void product(const T* a, bool a_transposed, const T* b, bool b_transposed, T* c,
 }
 
 // Up to here one thread takes less time than a library, which packs both matrices and starts threads (measured).
-constexpr int64_t kSmall = 1 << 19;
+constexpr int64_t kSmall = 1 << 20;
 
 }  // namespace
 
