@@ -370,7 +370,7 @@ void product(const T* a, bool a_transposed, const T* b, bool b_transposed, T* c,
     product_by_dots(left, right, out, add, m, n, k);
 }
 
-// Up to here one thread takes less time than a library, which packs both matrices and starts threads (measured).
+// Where one thread and MKL on two take about as long (AVX-512, 192 x 64 x 64 and 256 x 128 x 128).
 constexpr int64_t kSmall = 1 << 20;
 
 }  // namespace
