@@ -15,6 +15,7 @@
 
 #include "results.h"
 #include "simd.h"
+#include "state.h"
 
 namespace py = pybind11;
 
@@ -112,7 +113,11 @@ PYBIND11_MODULE(_C, m) {
   Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&, std::string_view)>::bind(
       m, "sinkhorn_weight_gradient");
 
+  // memory
   m.def("empty_cache", &wgan_ext::empty_cache);
+
+  // what a plan depends on
+  m.def("state_of", &wgan_ext::state_of);
 
   // build facts
   m.attr("torch_version") = py::make_tuple(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH);

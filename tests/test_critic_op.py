@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wgan_ext import _ops, reference
+from wgan_ext import _ops, build_info, reference
 from wgan_ext._ops import Function, Kind, Pad, Resize
 
 EPS = 1e-12  # of float64, times the largest number of a result
@@ -972,6 +975,65 @@ def test_half_products_without_a_kernel_are_refused_by_name(compute: torch.dtype
         evaluate(_ops.critic, converted(p, torch.float32), Mode(4, 0, 4), compute)
     with pytest.raises(TypeError, match="critic: compute_dtype must be"):
         evaluate(_ops.critic, p, Mode(4, 0, 4), torch.int64)
+
+
+# Products of every size
+
+
+# rows, inputs, outputs: one of each, tails of every tile, few columns, deeper than a panel, too large to be small
+PRODUCTS = [(1, 1, 1), (5, 3, 2), (64, 2, 64), (64, 64, 1), (13, 300, 7), (9, 17, 33), (31, 65, 40), (6, 520, 4)]
+PRODUCTS += [(64, 128, 64), (64, 129, 64), (3, 600, 600)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCTS)
+def test_products_of_every_size(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """Small ones have a kernel of their own; the second layer's weight gets the sum of two products."""
+    p = Program([inputs], batch=rows)
+    h = p.activation(p.linear(0, outputs), Function.LEAKY_RELU, 0.2)
+    W = p.parameter(outputs, outputs, scale=outputs**-0.5)
+    for _ in range(2):
+        h = p.record(Kind.LINEAR, h, W, -1)
+    p.linear(h, 3)
+    converted(p, dtype)
+    for transform in (Tensor.contiguous, strided):
+        p.x, p.parameters = [transform(t) for t in p.x], [transform(t) for t in p.parameters]
+        for mode in (Mode(0, 0, rows, of="gradients"), Mode(rows, 0, rows), Mode(rows - 1, rows - 1, 1)):
+            expected, expected_grads = wide(p, mode)
+            ours, grads = differentiate(_ops.critic, p, mode, dtype)
+            eps = EPS if dtype == torch.float64 else 1e-5
+            assert_close_to_wide(ours, expected, [dtype] * len(ours), eps)
+            pairs = without_zeros(grads, expected_grads)
+            assert_close_to_wide(*pairs, [dtype] * len(pairs[0]), eps)
+
+
+LEVELS = ["portable", "avx2", "avx512"]
+
+
+@pytest.mark.parametrize("level", LEVELS[: LEVELS.index(build_info().simd)])
+def test_products_at_lower_vector_levels(level: str) -> None:
+    """The level is chosen once in a process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "products_of_every_size", __file__]
+    shown = subprocess.run(
+        command, env=os.environ | {"WGAN_EXT_SIMD": level}, capture_output=True, text=True, check=False
+    )
+    assert f"{2 * len(PRODUCTS)} passed" in shown.stdout, shown.stdout
+
+
+def test_products_do_not_depend_on_threads() -> None:
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            p = Program([65], batch=33)
+            p.linear(p.activation(p.linear(0, 40), Function.LEAKY_RELU, 0.2), 3)
+            values, grads = differentiate(_ops.critic, p, Mode(20, 20, 13))
+            results.append([t for t in [*values, *grads] if t is not None])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 # Meta tensors

@@ -433,6 +433,40 @@ def test_a_shared_layer_with_a_computed_weight() -> None:
         torch.testing.assert_close(input_gradient(critic, x), reference.input_gradient(critic, x))
 
 
+def test_refusals_are_taken_on_trust_for_a_while() -> None:
+    critic, x = mlp(nn.Dropout(0.5)), torch.randn(4, 3)
+
+    def looks(calls: int) -> int:
+        counts = plans._plans[critic]
+        before = counts.found + counts.made
+        for _ in range(calls):
+            wgan_ext.gradient_penalty(critic, x, x)
+        return counts.found + counts.made - before
+
+    wgan_ext.gradient_penalty(critic, x, x)
+    assert 4 <= looks(60) <= 8
+    assert 3 <= looks(99) <= 4  # one of 33
+
+    critic[1].p = 0.0  # which no trusted call sees; those that must know do
+    assert explain(critic, x).engine == "analytic"
+    assert looks(5) == 5
+    critic[1].p = 0.5
+    assert explain(critic, x).engine == "autograd"
+    with pytest.raises(NotImplementedError, match="cannot take this critic"):
+        input_gradient(critic, x, engine="analytic")
+
+    looks(40)
+    critic.eval()  # another mode, another shape, another dtype: looked at
+    assert looks(1) == 1
+    critic.train()
+    looks(40)
+    critic[1].p = 0.0
+    results = [wgan_ext.gradient_penalty(critic, x, x) for _ in range(40)]  # by autograd, then by the engine
+    assert looks(5) == 5
+    for result in results:
+        torch.testing.assert_close(result, results[-1])
+
+
 def test_scripted_parts_take_autograd() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

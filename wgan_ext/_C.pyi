@@ -1,6 +1,7 @@
 """Types of the compiled extension (csrc/bindings.cpp)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,11 @@ def sinkhorn_weight_gradient(
 
 # memory
 def empty_cache() -> int: ...
+
+# what a plan depends on
+def state_of(
+    module: object, atoms: frozenset[Any], ignored: frozenset[str], frozen: Callable[[Any], Any]
+) -> list[Any]: ...
 
 # build facts
 torch_version: tuple[int, int, int]

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -22,7 +22,7 @@ from . import _ops
 from ._checks import check_batch, check_type
 from ._distributed import WRAPPERS, guard, refuse_wrapped, wrapped_layer
 from ._transforms import engine_under_transforms, scores_and_gradients, transformed
-from .plans import compute_dtype, plan_for, read_parameters
+from .plans import compute_dtype, plan_for, read_parameters, refused_lately
 from .tracing import LayerPlan, couples_samples
 
 __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
@@ -219,7 +219,7 @@ def evaluation(
     check_type(op, "critic_kwargs", critic_kwargs or {}, Mapping, "a mapping")
     critic = _unwrap(op, critic)
     engine = engine_under_transforms(op, engine)
-    if engine == "autograd":
+    if engine == "autograd" or (engine == "auto" and refused_lately(critic, x)):
         return None
     args, kwargs = tuple(critic_args), dict(critic_kwargs or {})
     plan = plan_for(critic, x, args, kwargs)
@@ -299,7 +299,8 @@ def double_backward(
         return outputs, tensors_of(op, "x", structure)
     create_graph = torch.is_grad_enabled()
     # Not x itself, so that neither its grad nor its hooks are touched; a view of it where x is part of a graph.
-    with torch.inference_mode(False), torch.enable_grad():
+    plain = create_graph and not torch.is_inference_mode_enabled()
+    with contextlib.nullcontext() if plain else _recording():
         points: list[Tensor] = []
 
         def point(t: Tensor) -> Tensor:
@@ -322,6 +323,12 @@ def double_backward(
     if all(gradient is None for gradient in gradients):
         raise ValueError(f"{op}: the critic's scores do not depend on its input")
     return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, points, strict=True)]
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _callers_level() -> int:

@@ -120,16 +120,15 @@ class Penalty:
 
         def interpolate(real: Tensor, fake: Tensor) -> Tensor:
             dtype = accumulation_dtype(real.dtype)
-            weight = _cast(factors, dtype).view(-1, *[1] * (real.dim() - 1))
-            points = torch.lerp(_cast(fake.detach(), dtype), _cast(real.detach(), dtype), weight)
-            return _cast(points, real.dtype)
+            weight = _cast(_for_dims(factors, real.dim()), dtype)
+            return _cast(torch.lerp(_cast(detached(fake), dtype), _cast(detached(real), dtype), weight), real.dtype)
 
         def perturb(real: Tensor) -> Tensor:
             if real.numel() == 1:
                 raise ValueError(f'{self.op}: at="noise" needs the standard deviation of real, which has one element')
             dtype = accumulation_dtype(real.dtype)
-            clean = _cast(real.detach(), dtype)
-            weight = _cast(factors, dtype).view(-1, *[1] * (real.dim() - 1))
+            clean = _cast(detached(real), dtype)
+            weight = _cast(_for_dims(factors, real.dim()), dtype)
             noise = torch.rand(real.shape, generator=generator, device=real.device, dtype=dtype)
             return _cast(clean + weight * (0.5 * clean.std()) * noise, real.dtype)
 
@@ -489,8 +488,18 @@ def _pairs(op: str, real: Inputs, name: str, other: Inputs) -> list[tuple[Tensor
     return list(zip(reals, others, strict=True))
 
 
+def detached(t: Tensor) -> Tensor:
+    """The tensor without its graph, if it has one."""
+    return t.detach() if t.requires_grad else t
+
+
+def _for_dims(factors: Tensor, dims: int) -> Tensor:
+    """One factor for each sample, as many dimensions."""
+    return factors if factors.dim() == dims else factors.view(-1, *[1] * (dims - 1))
+
+
 def _factors(op: str, first: Tensor, mix: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """One mixing factor for each sample, [B]."""
+    """One mixing factor for each sample, [B, 1, ..., 1] or [B]."""
     batch = first.shape[0]
     if mix is None:
         if generator is not None and torch.compiler.is_compiling():
@@ -500,4 +509,4 @@ def _factors(op: str, first: Tensor, mix: Tensor | None, generator: torch.Genera
     if mix.dim() == 0 or mix.shape[0] != batch or mix.numel() != batch:
         raise ValueError(f"{op}: mix must have shape [B, 1, ..., 1] with B = {batch}, got {tuple(mix.shape)}")
     check_device(op, "mix", mix, "real", first)
-    return mix.detach().reshape(batch)
+    return detached(mix)

@@ -37,7 +37,7 @@ from .tracing import (
     trace,
 )
 
-__all__ = ["Plan", "compute_dtype", "parameters_unchanged", "plan_for", "read_parameters"]
+__all__ = ["Plan", "compute_dtype", "parameters_unchanged", "plan_for", "read_parameters", "refused_lately"]
 
 
 @dataclasses.dataclass
@@ -73,14 +73,40 @@ class _Plans:
         self.last: tuple[list[Any], Plan] | None = None  # comparing keys is quicker than hashing one
         self.made = 0
         self.found = 0
+        self.refusals = 0  # in a row
+        self.trust = 0  # how many calls may take the last refusal on trust
+        self.refused_at: Any = None  # what those calls must have in common with it
+
+    def note(self, plan: Plan, critic: nn.Module, x: Any) -> None:
+        """Remember whether the plan sends the critic to autograd."""
+        self.refusals = self.refusals + 1 if plan.trace.obstacle and not plan.refused else 0
+        self.trust = min(2**self.refusals, _TRUST) if self.refusals > 1 else 0
+        self.refused_at = (critic.training, x.shape[1:], x.dtype) if self.trust and isinstance(x, Tensor) else None
 
     @property
     def exhausted(self) -> bool:
         return self.made >= 16 and self.found < 4 * self.made
 
 
+_TRUST = 32
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plans] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # tracing hooks all modules and puts the critic's weights aside for a while
+
+
+def refused_lately(critic: Any, x: Any) -> bool:
+    """Whether the critic went to autograd time and again, so that this call may go there without another look.
+
+    Autograd is right whatever has become of the critic: a change that lets the analytic engine take it is noticed at
+    most 32 calls later. For a critic that autograd takes, whose products drive Python's data out of the caches, a look
+    at all of its state costs a tenth of a millisecond.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(critic, nn.Module):
+        return False
+    plans = _plans.get(critic)
+    if plans is None or plans.trust == 0 or plans.refused_at != (critic.training, x.shape[1:], x.dtype):
+        return False
+    plans.trust -= 1
+    return True
 
 
 def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
@@ -116,6 +142,7 @@ def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str
         if plan is not None and plan.holds():
             plans.found += 1
             plans.last = state, plan
+            plans.note(plan, critic, x)
             return plan
         if plans.exhausted:
             return _refusal("its attributes, or the shapes of its arguments, change too often to trace it each time")
@@ -123,6 +150,7 @@ def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str
         if len(plans.plans) >= 16:
             plans.plans.clear()
         plan = plans.plans[tuple(state)] = _make(critic, x, args, kwargs)
+        plans.note(plan, critic, x)
         return plan
 
 

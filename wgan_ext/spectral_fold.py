@@ -118,7 +118,8 @@ class FoldedSpectralNorm(SpectralNorm):
             bias = bias.reshape(-1, *[1] * len(module.kernel_size))  # type: ignore[arg-type]
         if output.dtype == bias.dtype == factor.dtype:
             return torch.addcmul(bias, output, factor)
-        return output * factor + bias.to(output.dtype)
+        shifted: Tensor = output * factor + bias.to(output.dtype)
+        return shifted
 
 
 class _Finish:

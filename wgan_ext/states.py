@@ -8,13 +8,15 @@ import functools
 import logging
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+
+from . import _C
 
 __all__ = ["frozen", "outside_variables", "plain_attributes", "state_of", "value_of"]
 
@@ -45,25 +47,7 @@ def plain_attributes(critic: nn.Module) -> list[tuple[str, str, Any]]:
 
 def state_of(critic: nn.Module) -> list[Any]:
     """Modules, classes, modes, hooks, attributes and the shapes of parameters, to be compared or hashed."""
-    state: list[Any] = []
-    _add_state(critic, state)
-    return state
-
-
-def _add_state(module: nn.Module, state: list[Any]) -> None:
-    state += (id(module), module.__class__)
-    attributes = module.__dict__
-    for name, value in attributes.items():
-        if value.__class__ in _ATOMS:
-            state.append(value)
-        elif name not in _IGNORED and (value.__class__ is not OrderedDict or value):
-            state.append(frozen(value))
-    for tensors in (attributes["_parameters"], attributes["_buffers"]):
-        for tensor in tensors.values():
-            state += (None, None) if tensor is None else (tensor.shape, tensor.dtype)
-    for child in attributes["_modules"].values():
-        if child is not None:
-            _add_state(child, state)
+    return _C.state_of(critic, _ATOMS, _IGNORED, frozen)
 
 
 class _Identity:

@@ -23,7 +23,7 @@ from .critic import (
     map_tensors,
     tensors_of,
 )
-from .penalty import OutputReduction, Penalty, Points, penalty_of
+from .penalty import OutputReduction, Penalty, Points, detached, penalty_of
 from .tracing import tensors_in
 
 __all__ = ["CriticLoss", "CriticLossParts", "wgan_gp_loss"]
@@ -171,7 +171,9 @@ def wgan_gp_loss(
         copies=rows.total // rows.real,
     )
     if analytic is None:
-        parts = _by_autograd(kind, critic, real, fake, rows, points, weight, mask, critic_args, critic_kwargs or {})
+        loss, penalty, real_scores, fake_scores, norms = _by_autograd(
+            kind, critic, real, fake, rows, points, weight, mask, critic_args, critic_kwargs or {}
+        )
     else:
         loss, penalty, scores, norms = kind.by_engine(
             analytic,
@@ -184,10 +186,12 @@ def wgan_gp_loss(
             first=rows.first,
             count=rows.count,
         )
-        real_scores, fake_scores = scores.detach()[: rows.real], scores.detach()[rows.real :]
-        parts = CriticLossParts(loss, penalty.detach(), real_scores, fake_scores, norms.detach())
-    loss = guard(kind.op, critic, parts.loss)
-    return parts._replace(loss=loss) if return_parts else loss
+    loss = guard(kind.op, critic, loss)
+    if not return_parts:
+        return loss
+    if analytic is not None:
+        real_scores, fake_scores = scores[: rows.real], scores[rows.real :]
+    return CriticLossParts(loss, *(t.detach() for t in (penalty, real_scores, fake_scores, norms)))
 
 
 def check_weight(op: str, weight: float) -> None:
@@ -213,7 +217,7 @@ class _Rows:
 
     def stacked(self) -> list[Tensor]:
         """Each input of the critic, all rows."""
-        return [torch.cat([t.detach() for t in tensors]) for tensors in zip(*self.batches, strict=True)]
+        return [torch.cat([detached(t) for t in tensors]) for tensors in zip(*self.batches, strict=True)]
 
 
 def _by_autograd(
@@ -227,7 +231,10 @@ def _by_autograd(
     mask: Inputs | None,
     critic_args: Sequence[Any],
     critic_kwargs: Mapping[str, Any],
-) -> CriticLossParts:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # loss, penalty, scores of real, of fake, and norms; each batch on its own, since a critic that cannot be traced may
+    # couple samples
+
     def scores_of(outputs: Any, batch: int) -> Tensor:
         check_scores(kind.op, outputs, batch, of_input=False)  # which double_backward sees
         flat: Tensor = outputs.reshape(batch, -1).to(accumulation_dtype(outputs.dtype))
@@ -240,7 +247,6 @@ def _by_autograd(
         outputs, gradients[:] = double_backward(kind.op, critic, points, critic_args, critic_kwargs, kind.mean_outputs)
         return scores_of(outputs, rows.count)
 
-    # each batch on its own, since a critic that cannot be traced may couple samples
     gradients: list[Tensor] = []
     real_scores = at_points() if kind.at == "real" else evaluated(real, rows.real)
     fake_scores = at_points() if kind.at == "fake" else evaluated(fake, rows.fake)
@@ -248,7 +254,7 @@ def _by_autograd(
         at_points()
     penalty, norms = kind.of(gradients, points, mask)
     loss = fake_scores.mean() - real_scores.mean() + weight * penalty
-    return CriticLossParts(loss, penalty.detach(), real_scores.detach(), fake_scores.detach(), norms.detach())
+    return loss, penalty, real_scores, fake_scores, norms
 
 
 class CriticLoss(nn.Module):

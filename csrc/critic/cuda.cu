@@ -205,7 +205,7 @@ void penalty(const T* norms, int64_t count, Penalty penalty, double weight, T* v
 }
 
 template <typename T>
-constexpr Kernels<T> kTable{activate<T>, mask<T>, norms<T>, penalty<T>};
+constexpr Kernels<T> kTable{activate<T>, mask<T>, norms<T>, penalty<T>, nullptr, 0};
 
 }  // namespace
 

@@ -61,6 +61,14 @@ struct Kernels {
   void (*penalty)(const T* norms, int64_t count, Penalty penalty, double weight, T* value, T* loss, T* slopes,
                   Stream stream);
 
+  // c = a b, or c + a b: a product too small for a library, which takes longer to begin. On a GPU the launch is what
+  // takes long, whoever launches: there is none (null), and `small` is 0.
+  //   a [m, k], or [k, m] if a_transposed   b [k, n], or [n, k] if b_transposed   c [m, n]
+  void (*product)(const T* a, bool a_transposed, const T* b, bool b_transposed, T* c, bool add, int64_t m, int64_t n,
+                  int64_t k);
+  // Up to how many multiply-adds, m n k, a product is small.
+  int64_t small;
+
   static const Kernels& cpu(SimdLevel level);
   static const Kernels& cuda();
 };

@@ -122,7 +122,7 @@ void Layer::shift(const Frame&, const Kept&, const Tensor&, const Tensor&, Gradi
 
 namespace {
 
-Tensor rows(const Tensor& t) { return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)}); }
+Tensor matrix(const Tensor& t) { return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)}); }
 
 Shape batched(int64_t batch, const Shape& sizes) {
   Shape shape = {batch};
@@ -201,6 +201,38 @@ Tensor mask(const Frame& frame, Tensor t, const Tensor& signs, double slope, int
   return out;
 }
 
+// The matrix that t, of contiguous rows, is.
+struct Matrix {
+  const Tensor& t;
+  bool transposed;
+
+  int64_t columns() const { return t.size(-1); }
+  int64_t rows() const { return product(t.sizes().slice(0, t.dim() - 1)); }
+  Tensor view() const { return transposed ? matrix(t).t() : matrix(t); }
+};
+
+// a b [m, n], or that added to `sum`. The choice between the kernel for small products and the library is made here.
+Tensor matrix_product(const Matrix& a, const Matrix& b, Tensor sum = {}) {
+  const int64_t m = a.transposed ? a.columns() : a.rows(), k = a.transposed ? a.rows() : a.columns();
+  const int64_t n = b.transposed ? b.rows() : b.columns(), others_k = b.transposed ? b.columns() : b.rows();
+  const bool ours_too = a.t.scalar_type() == at::kFloat || a.t.scalar_type() == at::kDouble;  // half is the library's
+  bool done = false;
+  if (ours_too && k == others_k && a.t.is_contiguous() && b.t.is_contiguous())
+    with_kernels(a.t, [&](const auto& kernels, Stream) {
+      if (m * n * k > kernels.small) return;
+      const bool add = sum.defined();
+      if (!add) sum = at::empty({m, n}, a.t.options());
+      kernels.product(input(a.t, kernels), a.transposed, input(b.t, kernels), b.transposed, output(sum, kernels), add,
+                      m, n, k);
+      done = true;
+    });
+  if (done) return sum;
+  return sum.defined() ? sum.addmm_(a.view(), b.view()) : at::mm(a.view(), b.view());
+}
+
+// t [n, m] as a batch of samples.
+Tensor shaped(const Tensor& t, const Shape& shape) { return shape.size() == 2 ? t : t.view(shape); }
+
 // Reads the integers of one record, or the scalars that it names.
 class Reader {
  public:
@@ -266,22 +298,18 @@ struct Linear : Unary {
     return b >= 0 && adds_bias ? z.add_(frame.parameters[b]) : z;
   }
   Tensor apply(const Frame& frame, const Tensor& h) const override {
-    return frame.arrange(at::mm(rows(h), frame.parameters[W].t()).view(out(h.size(0))));
+    return frame.arrange(shaped(matrix_product({h, false}, {frame.parameters[W], true}), out(h.size(0))));
   }
   Tensor adjoint(const Frame& frame, Tensor u) const override {
-    return frame.arrange(at::mm(rows(u), frame.parameters[W]).view(in(u.size(0))));
+    return frame.arrange(shaped(matrix_product({u, false}, {frame.parameters[W], false}), in(u.size(0))));
   }
   void weigh(const Frame&, const Kept&, const Tensor& a, const Tensor& t, Gradients& gradients) const override {
-    const Tensor left = rows(a).t(), right = rows(like_gradient(a, t));
     Tensor& sum = gradients[W];
-    if (sum.defined())
-      sum.addmm_(left, right);
-    else
-      sum = at::mm(left, right);
+    sum = matrix_product({a, true}, {like_gradient(a, t), false}, std::move(sum));
   }
   void shift(const Frame&, const Kept& kept, const Tensor& a, const Tensor& c, Gradients& gradients) const override {
     const Tensor sum = weighted_sum(a, c, kept.rows.count);
-    gradients.add(b, sum.dim() == 1 ? sum : rows(sum).sum(0));
+    gradients.add(b, sum.dim() == 1 ? sum : matrix(sum).sum(0));
   }
 };
 
@@ -324,7 +352,7 @@ struct Convolution : Unary {
   void shift(const Frame&, const Kept& kept, const Tensor& a, const Tensor& c, Gradients& gradients) const override {
     // [samples, places, channels] in memory if channels come last
     const Tensor sum = weighted_sum(a.movedim(1, -1), c, kept.rows.count);
-    gradients.add(b, rows(sum).sum(0));
+    gradients.add(b, matrix(sum).sum(0));
   }
 };
 
