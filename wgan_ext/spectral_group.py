@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,6 @@ class _Layer(NamedTuple):
     v: str
     weights: nn.Module
     weight: str
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The weight and its vectors, unless the normalization was removed."""
-        weight = self.weights._parameters.get(self.weight)
-        u, v = self.owner._buffers.get(self.u), self.owner._buffers.get(self.v)
-        return None if weight is None or u is None or v is None else (weight, u, v)
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:
@@ -78,16 +72,18 @@ class SpectralNormGroup:
         """Find the normalized weight of each layer, as it would by itself, for its first use in this forward."""
         if torch.compiler.is_compiling() or wants_formula():
             return
-        by_device: dict[torch.device, list[tuple[_Layer, tuple[Tensor, Tensor, Tensor]]]] = {}
+        by_device: dict[torch.device, _Group] = {}
         for layer in self._layers(model):
-            tensors = layer.tensors()
-            if tensors is None or tensors[0].is_complex():
-                continue
-            refuse_sharded_weight("spectral_norm", tensors[0])
+            weight = layer.weights._parameters.get(layer.weight)
+            u, v = layer.owner._buffers.get(layer.u), layer.owner._buffers.get(layer.v)
+            if weight is None or u is None or v is None or weight.is_complex():
+                continue  # not normalized any more, or by torch's operators
+            if type(weight) is not nn.Parameter:
+                refuse_sharded_weight("spectral_norm", weight)
             last = layer.owner.__dict__.get(layer.name)
             if last is not None and last.requires_grad and layer.owner.training:
                 layer.owner.__dict__[layer.name] = last = None  # its memory, still in cache, can serve the next
-            by_device.setdefault(tensors[0].device, []).append((layer, tensors))
+            by_device.setdefault(weight.device, []).append((layer, weight, u, v))
         for group in by_device.values():
             _find(group)
 
@@ -99,26 +95,29 @@ class SpectralNormGroup:
         values: list[Tensor] = []
         for layer in self._layers(model):
             attributes = layer.owner.__dict__
-            pending: Pending | None = attributes.get(PENDING, {}).pop(layer.name, None)
-            if not attributes.get(PENDING, True):
-                del attributes[PENDING]
-            if pending is not None and pending.taken and pending.iterations:
-                buffers += pending.buffers
-                values += (pending.u, pending.v)
-            if layer.name in attributes and attributes[layer.name] is None:  # not used, unlike the last time
+            if PENDING in attributes:  # else the owner of several weights is done
+                for pending in attributes.pop(PENDING).values():
+                    if pending.taken and pending.iterations:
+                        buffers += (pending.old_u, pending.old_v)
+                        values += (pending.u, pending.v)
+            if attributes.get(layer.name, layer) is None:  # not used, unlike the last time
                 attributes[layer.name] = layer.rule.compute_weight(layer.owner, False)  # type: ignore[attr-defined]
         if buffers:
             with torch.no_grad():
                 torch._foreach_copy_(buffers, values)
 
 
-def _find(group: list[tuple[_Layer, tuple[Tensor, Tensor, Tensor]]]) -> None:
-    rules = [layer.rule for layer, _ in group]
-    iterations = [layer.rule.n_power_iterations if layer.owner.training else 0 for layer, _ in group]
-    weights, us, vs, _ = _ops.spectral_norm_group(
-        [weight for _, (weight, _, _) in group],
-        [u for _, (_, u, _) in group],
-        [v for _, (_, _, v) in group],
+_Group: TypeAlias = list[tuple[_Layer, nn.Parameter, Tensor, Tensor]]
+
+
+def _find(group: _Group) -> None:
+    layers, weights, us, vs = map(list, zip(*group, strict=True))
+    rules = [layer.rule for layer in layers]
+    iterations = [layer.rule.n_power_iterations if layer.owner.training else 0 for layer in layers]
+    normalized, new_us, new_vs, _ = _ops.spectral_norm_group(
+        weights,
+        us,
+        vs,
         [rule.dim for rule in rules],
         iterations,
         [rule.eps for rule in rules],
@@ -126,9 +125,13 @@ def _find(group: list[tuple[_Layer, tuple[Tensor, Tensor, Tensor]]]) -> None:
         [rule.target for rule in rules],
         [rule.shrink_only for rule in rules],
     )
-    for i, (layer, (weight, *buffers)) in enumerate(group):
-        found = Pending(weights[i], us[i], vs[i], weight, weight._version, (buffers[0], buffers[1]), iterations[i])
-        layer.owner.__dict__.setdefault(PENDING, {})[layer.name] = found
+    for i, (layer, weight, u, v) in enumerate(group):
+        pending = Pending(normalized[i], new_us[i], new_vs[i], weight, weight._version, u, v, iterations[i])
+        attributes = layer.owner.__dict__
+        if PENDING in attributes:
+            attributes[PENDING][layer.name] = pending
+        else:
+            attributes[PENDING] = {layer.name: pending}
 
 
 class _Begin:
@@ -199,9 +202,9 @@ def fuse_spectral_norm_(model: nn.Module) -> int:
                 module._forward_hooks_always_called.pop(key, None)
     layers = list(_layers(model))
     for layer in layers:
-        tensors = layer.tensors()
-        if tensors is not None:
-            refuse_sharded_weight("fuse_spectral_norm_", tensors[0])
+        weight = layer.weights._parameters[layer.weight]
+        assert weight is not None
+        refuse_sharded_weight("fuse_spectral_norm_", weight)
     if layers:
         group = SpectralNormGroup()
         model.register_forward_pre_hook(_Begin(group), prepend=True)

@@ -125,7 +125,7 @@ PENDING = "_spectral_norm_pending"
 """The attribute in which a module keeps, by name, what a group has found for it: see ``spectral_group``."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Pending:
     """A normalized weight that was found for a layer before its forward, and the vectors that are still to be stored.
 
@@ -138,7 +138,8 @@ class Pending:
     v: Tensor
     weight: Tensor
     version: int
-    buffers: tuple[Tensor, Tensor]
+    old_u: Tensor
+    old_v: Tensor
     iterations: int
     taken: bool = False
 
@@ -164,7 +165,7 @@ def take_pending(owner: nn.Module, name: str, weight: Tensor, iterations: int) -
     del owner.__dict__[PENDING][name]
     if pending.taken and pending.iterations:  # the layer is used again: its vectors go on from the first use
         with torch.no_grad():
-            torch._foreach_copy_(pending.buffers, (pending.u, pending.v))
+            torch._foreach_copy_((pending.old_u, pending.old_v), (pending.u, pending.v))
     return None
 
 

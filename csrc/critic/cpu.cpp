@@ -370,8 +370,9 @@ void product(const T* a, bool a_transposed, const T* b, bool b_transposed, T* c,
     product_by_dots(left, right, out, add, m, n, k);
 }
 
-// On AVX-512 MKL on two threads takes as long at 192 x 64 x 64 and less at 256 x 128 x 128.
-constexpr int64_t kSmall = 1 << 20;
+// On AVX-512 MKL on two threads takes as long at 192 x 64 x 64 and less at 256 x 128 x 128; the other levels are slower
+// by what their registers hold less.
+constexpr int64_t kSmall = WGAN_EXT_VECTOR_BYTES == 64 ? 1 << 20 : WGAN_EXT_VECTOR_BYTES == 32 ? 1 << 19 : 1 << 16;
 
 }  // namespace
 
