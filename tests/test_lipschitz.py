@@ -549,7 +549,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "dropout": (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (3,), "layer '1', Dropout.* is random in training mode"),
     "batch": (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), (3,), "layer '1', BatchNorm1d.* over the batch"),
     "softplus": (nn.Sequential(nn.Linear(3, 3), nn.Softplus(1, 2)), (3,), "layer '1', Softplus.* jumps at its thresh"),
-    "no eps": (nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3, eps=0)), (3,), "layer '1', LayerNorm.* with eps=0"),
+    "no eps": (nn.Sequential(nn.LayerNorm(3, eps=0), nn.Linear(3, 3)), (3,), "layer '0', LayerNorm.* with eps=0"),
     "shape": (nn.Linear(3, 3), (4,), "its forward fails on a batch"),
 }
 

@@ -134,6 +134,7 @@ def _spectral_sigma(device: torch.device) -> list[tuple[Any, ...]]:
 
 SAMPLES["spectral_norm"] = _spectral
 SAMPLES["spectral_norm_"] = _spectral
+SAMPLES["spectral_norm_fold_"] = _spectral_sigma
 SAMPLES["spectral_norm_group"] = _spectral_group
 SAMPLES["spectral_norm_sigma"] = _spectral_sigma
 SAMPLES["spectral_norm_backward"] = _spectral_backward
