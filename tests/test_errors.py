@@ -315,6 +315,12 @@ ROWS: dict[str, list[Row]] = {
         (lambda f: f(linear(), fold=1), TypeError, "fold must be True or False, got int"),
         (lambda f: f(nn.Bilinear(2, 3, 4), fold=True), NotImplementedError, "fold=True .* got weight of Bilinear"),
     ],
+    "converge_spectral_norm_": [
+        (lambda f: f(5), TypeError, "model must be an nn.Module, got int"),
+        (lambda f: f(linear(), tol=-1.0), ValueError, "tol must be finite and not negative, got -1.0"),
+        (lambda f: f(linear(), tol="a"), TypeError, "tol must be a number, got str"),
+        (lambda f: f(linear(), max_iter=0), ValueError, "max_iter must be at least 1, got 0"),
+    ],
     "fuse_spectral_norm_": [
         (lambda f: f(5), TypeError, "model must be an nn.Module, got int"),
     ],

@@ -278,3 +278,21 @@ def test_compiled_models_normalize_layer_by_layer(device: torch.device) -> None:
         torch.testing.assert_close(step(each, x), step(compiled, x))
     for a, b in zip(each.state_dict().values(), together.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("api", NORMS)
+def test_vectors_converge(api: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(NORMS[api](nn.Linear(6, 8)), nn.Flatten(), NORMS[api](nn.ConvTranspose1d(3, 4, 2)))
+    model = model.double().to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    sigmas = wgan_ext.converge_spectral_norm_(model, tol=1e-12, max_iter=10_000)
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    assert list(sigmas) == names
+    for name, dim in zip(names, (0, 1), strict=True):
+        matrix = dict(model.named_parameters())[name].movedim(dim, 0).flatten(1)
+        assert sigmas[name] == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=1e-9)
+    with pytest.warns(UserWarning, match=r"after 10 iterations sigma still changes by more than 0 of itself in"):
+        wgan_ext.converge_spectral_norm_(model, tol=0, max_iter=10)

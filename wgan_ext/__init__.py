@@ -23,7 +23,7 @@ from .norms import operator_norm, singular_values
 from .penalty import GradientPenalty, gradient_penalty
 from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
 from .spectral import remove_spectral_norm, spectral_norm
-from .spectral_group import fuse_spectral_norm_
+from .spectral_group import converge_spectral_norm_, fuse_spectral_norm_
 from .wgan_gp import CriticLoss, CriticLossParts, wgan_gp_loss
 
 __version__ = "0.1.0"
@@ -41,6 +41,7 @@ __all__ = [
     "SpectralReport",
     "build_info",
     "clip_weights_",
+    "converge_spectral_norm_",
     "critic_loss",
     "empty_cache",
     "explain",

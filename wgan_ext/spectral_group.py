@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -13,11 +15,11 @@ from torch.nn.utils.parametrizations import _SpectralNorm as _TorchParametrizati
 from torch.nn.utils.spectral_norm import SpectralNorm as _TorchHook
 
 from . import _ops, parametrizations
-from ._checks import check_module
+from ._checks import check_count, check_module, check_number
 from ._distributed import refuse_sharded_weight
 from .spectral_hook import PENDING, Pending, Rule, SpectralNorm, wants_formula
 
-__all__ = ["SpectralNormGroup", "fuse_spectral_norm_"]
+__all__ = ["SpectralNormGroup", "converge_spectral_norm_", "fuse_spectral_norm_"]
 
 
 class _Layer(NamedTuple):
@@ -163,6 +165,16 @@ def is_group_hook(hook: object) -> bool:
     return isinstance(hook, (_Begin, _Finish))
 
 
+def _take_over(model: nn.Module) -> None:
+    """Make torch's hooks and parametrizations ours."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook) is _TorchHook:
+                hook.__class__ = SpectralNorm
+        if type(module) is _TorchParametrization:
+            module.__class__ = parametrizations._SpectralNorm
+
+
 def fuse_spectral_norm_(model: nn.Module) -> int:
     """Normalize all layers of a built model together, in one call of the kernels in each of its forwards.
 
@@ -190,12 +202,8 @@ def fuse_spectral_norm_(model: nn.Module) -> int:
         NotImplementedError: a weight is sharded: a DTensor, or a parameter of an FSDP module.
     """
     check_module("fuse_spectral_norm_", "model", model)
+    _take_over(model)
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if type(hook) is _TorchHook:
-                hook.__class__ = SpectralNorm
-        if type(module) is _TorchParametrization:
-            module.__class__ = parametrizations._SpectralNorm
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if is_group_hook(hook)]:  # fused before, as a part or whole
                 del hooks[key]
@@ -210,3 +218,67 @@ def fuse_spectral_norm_(model: nn.Module) -> int:
         model.register_forward_pre_hook(_Begin(group), prepend=True)
         model.register_forward_hook(_Finish(group), always_call=True)
     return len(layers)
+
+
+_ITERATIONS = 10  # between two looks at sigma
+
+
+def converge_spectral_norm_(model: nn.Module, tol: float = 1e-5, max_iter: int = 1000) -> dict[str, float]:
+    """Iterate the vectors u and v of a model's normalized layers until sigma stands still.
+
+    In training one iteration a forward suffices, since weights change slowly; after loading weights without vectors, or
+    before evaluation and export, sigma may be well below the largest singular value. This brings each layer of
+    ``spectral_norm`` (kind "matrix") and ``parametrizations.spectral_norm``, torch's too, to where 10 iterations change
+    sigma by at most ``tol`` of it, which does not bound its distance from the singular value: ``operator_norm`` does.
+
+    Args:
+        model: the module; its buffers are changed in place.
+        tol: the relative change of sigma, at least 0.
+        max_iter: iterations of a layer at most. Reached, it warns with the names of the weights.
+
+    Returns:
+        Sigma by the name of the weight's parameter.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: ``tol`` is negative or not finite, or ``max_iter`` is not positive.
+    """
+    function = "converge_spectral_norm_"
+    check_module(function, "model", model)
+    check_number(function, "tol", tol)
+    if not 0 <= tol < math.inf:
+        raise ValueError(f"{function}: tol must be finite and not negative, got {tol}")
+    check_count(function, "max_iter", max_iter)
+    _take_over(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    sigmas: dict[str, float] = {}
+    unfinished = []
+    for layer in _layers(model):
+        weight = layer.weights._parameters[layer.weight]
+        u, v = layer.owner._buffers[layer.u], layer.owner._buffers[layer.v]
+        assert weight is not None
+        assert u is not None
+        assert v is not None
+        name = names[id(weight)]
+        if weight.is_complex():
+            continue
+        refuse_sharded_weight(function, weight)
+        before, sigma, made = math.inf, 0.0, 0
+        with torch.no_grad():
+            while made < max_iter and not abs(sigma - before) <= tol * abs(sigma):
+                count = min(_ITERATIONS, max_iter - made)
+                new_u, new_v, found = _ops.spectral_norm_sigma(
+                    weight, u, v, layer.rule.dim, count, layer.rule.eps, layer.rule.v_first
+                )
+                torch._foreach_copy_((u, v), (new_u, new_v))
+                before, sigma, made = sigma, found.item(), made + count
+        if not abs(sigma - before) <= tol * abs(sigma):
+            unfinished.append(name)
+        sigmas[name] = sigma
+    if unfinished:
+        warnings.warn(
+            f"{function}: after {max_iter} iterations sigma still changes by more than {tol} of itself in "
+            + ", ".join(unfinished),
+            stacklevel=2,
+        )
+    return sigmas
