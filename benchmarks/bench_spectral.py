@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,3 +94,32 @@ def test_spectral_norm(interface: str, name: str, call: str, device: torch.devic
     for a, b in zip(ours.originals, theirs.originals, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
     contest(f"{interface}, {call.replace('_', ' and ')}, {name}", {k: getattr(c, call) for k, c in contestants.items()})
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(1024, 1024), nn.Linear(4096, 4096)], ids=str)
+def test_folded(layer: nn.Linear, device: torch.device, contest: Any) -> None:
+    """A whole layer on 64 inputs, its product and derivative included."""
+    x = torch.randn(64, layer.in_features, device=device)
+    normalizations: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "wgan_ext": lambda layer: wgan_ext.spectral_norm(layer, fold=True),
+        "weight divided": wgan_ext.spectral_norm,
+        "torch": torch_utils.spectral_norm,
+    }
+    layers = {name: normalize(copy.deepcopy(layer).to(device)) for name, normalize in normalizations.items()}
+    for other in layers.values():
+        other.load_state_dict(layers["torch"].state_dict())
+
+    def step(layer: nn.Module) -> Tensor:
+        layer.zero_grad()
+        output = layer(x)
+        output.backward(x[:, : output.shape[1]])
+        return output.detach()
+
+    outputs = [step(layer) for layer in layers.values()]
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[-1], rtol=1e-4, atol=1e-4)
+    name = f"Linear({layer.in_features}, {layer.out_features})"
+    contest(
+        f"a layer folded, forward and backward, {name}, B64",
+        {name: functools.partial(step, layer) for name, layer in layers.items()},
+    )
