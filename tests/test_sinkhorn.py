@@ -373,6 +373,14 @@ def test_memory_grows_with_the_points_not_with_their_pairs() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB; one matrix is 1.2 GB
 
 
+def test_the_threads_keep_their_subnormal_numbers() -> None:
+    x, y = torch.rand(2000, 2), torch.rand(2000, 2)
+    sinkhorn(x, y, epsilon=1e-4, tol=0.0, max_iter=3)  # exponents far below those of normal numbers
+    least = torch.full((1 << 20,), 1e-40)
+    assert (least * 1 > 0).all()
+    assert (least + least > 0).all()
+
+
 # Layouts and dtypes
 
 

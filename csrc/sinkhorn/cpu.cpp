@@ -222,6 +222,7 @@ WGAN_EXT_INLINE Sums update_softmin(const Control& control, const Cloud<T>& rows
 template <Cost cost, typename T>
 void pass_chunk(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, int64_t begin,
                 int64_t end, Sums* sums) {
+  const FlushSubnormals flush;
   const T scale = T(kLog2e / control.epsilon);
   interleave(rows.points, begin, end, dim, cost == Cost::sqeuclidean ? 2 * scale : T(1), rows.scratch);
   const Pass<T> pass = {rows.scratch, columns.columns, columns.bias, padded<T>(columns.count), dim, scale};
@@ -349,6 +350,7 @@ void report(const Control* control, double* out, Stream) {
 template <Cost cost, typename T>
 void gradient_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, int64_t begin,
                     int64_t end, T* force, T* mass) {
+  const FlushSubnormals flush;
   constexpr int64_t size = Vec<T>::size, block = 8 * kPanel<T>;
   const T scale = T(kLog2e / epsilon);
   interleave(rows.points, begin, end, dim, cost == Cost::sqeuclidean ? 2 * scale : T(1), rows.scratch);
