@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wgan_ext import reference, sinkhorn, sinkhorn_divergence
+from wgan_ext import reference, sinkhorn, sinkhorn_divergence, sinkhorn_matrix
 
 COSTS = ["sqeuclidean", "euclidean"]
 DOUBLE = torch.float64
@@ -263,7 +263,7 @@ def test_self_terms_start_the_cross_term_where_that_is_better(device: torch.devi
 
     x = torch.rand(500, 2, device=device)
     y = x + 0.003 * torch.randn(500, 2, device=device)
-    options = ("sqeuclidean", 0.01, 0.5, 1e-4, 5000, 1.0)
+    options = ("sqeuclidean", 2.0, None, None, 0.01, 0.5, 1e-4, 5000, 1.0, 0)
     scaled = _ops.sinkhorn(x, y, None, None, *options, None, None)[6]
     started = _ops.sinkhorn_divergence(x, y, None, None, *options)[6]
     assert started < scaled / 2
@@ -381,6 +381,278 @@ def test_the_threads_keep_their_subnormal_numbers() -> None:
     assert (least + least > 0).all()
 
 
+# Unbalanced problems
+
+
+REACHES = [0.3, (0.5, 0.2), (0.4, None), (None, 0.3)]
+
+
+def rho_of(reach: Any, power: float) -> tuple[float, float]:
+    pair = reach if isinstance(reach, tuple) else (reach, reach)
+    rho_x, rho_y = (math.inf if r is None else r**power for r in pair)
+    return rho_x, rho_y
+
+
+@pytest.mark.parametrize("reach", REACHES, ids=str)
+@pytest.mark.parametrize("cost", COSTS)
+def test_unbalanced_values_and_gradients_are_those_of_the_reference(
+    reach: Any, cost: str, device: torch.device
+) -> None:
+    (x, a), (y, b) = cloud(40, 3, device), cloud(30, 3, device)
+    y, a = y + 2, a * 1.7
+    inputs = [t.requires_grad_() for t in (x, y, a, b)]
+    rho = rho_of(reach, 2 if cost == "sqeuclidean" else 1)
+    options: dict[str, Any] = {"cost": cost, "epsilon": 0.1, "reach": reach, "max_iter": 20_000}
+    for ours, theirs in ((sinkhorn, reference.sinkhorn), (sinkhorn_divergence, reference.sinkhorn_divergence)):
+        want = theirs(*inputs, 0.1, cost, rho)
+        for dtype, tol, rel in ((DOUBLE, 1e-11, 1e-9), (torch.float32, 1e-4, 2e-3)):
+            single = [t.detach().to(dtype).requires_grad_() for t in inputs]
+            got = ours(*single, tol=tol, **options)
+            got = getattr(got, "value", got)
+            assert got.item() == pytest.approx(want.item(), rel=rel / 10, abs=1e-5 if dtype != DOUBLE else 1e-12)
+            for mine, other in zip(
+                torch.autograd.grad(got, single), torch.autograd.grad(want, inputs, retain_graph=True), strict=True
+            ):
+                assert (mine - other).norm() <= rel * other.norm() + (1e-4 if dtype != DOUBLE else 1e-9)
+
+
+@pytest.mark.parametrize("cost", [*COSTS, "l1", 1.5])
+def test_unbalanced_gradients_are_those_of_finite_differences(cost: Any, device: torch.device) -> None:
+    options: dict[str, Any] = {"cost": cost, "epsilon": 0.15, "tol": 1e-12, "max_iter": 20_000, "reach": (0.7, 0.4)}
+    inputs = [
+        torch.rand(size, dtype=DOUBLE, device=device, requires_grad=True) for size in ((6, 3), (5, 3), (6,), (5,))
+    ]
+    assert torch.autograd.gradcheck(
+        lambda *t: sinkhorn_divergence(*t, **options), inputs, eps=1e-5, atol=1e-6, rtol=1e-4
+    )
+
+
+def test_two_points_unbalanced_have_a_closed_form(device: torch.device) -> None:
+    # One point of mass 1 each at distance d: the plan is the number P that minimises P C + epsilon (P log P - P + 1)
+    # + 2 rho (P log P - P + 1): log P = -C / (epsilon + 2 rho).
+    for distance, reach, epsilon in ((1.0, 0.5, 0.1), (3.0, 1.0, 0.01), (0.2, 2.0, 1.0)):
+        x = torch.zeros(1, 1, dtype=DOUBLE, device=device)
+        result = sinkhorn(x, x + distance, epsilon=epsilon, reach=reach, tol=1e-13, max_iter=5000)
+        scale = epsilon + 2 * reach**2
+        plan = math.exp(-(distance**2) / scale)
+        assert result.plan.dense().item() == pytest.approx(plan, rel=1e-9)
+        assert result.value.item() == pytest.approx(scale * (1 - plan), rel=1e-9)
+
+
+def test_the_shift_of_the_potentials_saves_iterations(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(300, 3, device), cloud(300, 3, device)
+    result = sinkhorn(x, y, a, 0.5 * b, epsilon=2e-3, reach=1.0, tol=1e-3, max_iter=5000)
+    assert result.converged
+    assert result.iterations < 200  # thousands without it: the slow mode contracts by 1 - epsilon / rho
+    assert sinkhorn(x, y, a, 0.5 * b, epsilon=1e-2, reach=10.0, max_iter=500).converged
+
+
+def test_a_long_reach_is_balanced_transport(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(50, 2, device), cloud(60, 2, device)
+    balanced = sinkhorn_divergence(x, y, a, b, epsilon=0.05, tol=1e-9)
+    assert sinkhorn_divergence(x, y, a, b, epsilon=0.05, reach=1e4, tol=1e-9).item() == pytest.approx(
+        balanced.item(), rel=1e-5
+    )
+
+
+def test_the_term_of_unlike_masses(device: torch.device) -> None:
+    # Without it masses of 1 and 1.5 on the same points would give a negative divergence.
+    x, a = cloud(60, 2, device)
+    value = sinkhorn_divergence(x, x, a, 1.5 * a, epsilon=0.5, reach=1.0, tol=1e-8)
+    assert value > 0
+    assert sinkhorn_divergence(x, x, a, a.clone(), epsilon=0.5, reach=1.0).item() == 0
+
+
+# Batches
+
+
+@pytest.mark.parametrize("cost", [*COSTS, "l1", 1.5])
+@pytest.mark.parametrize("reach", [None, 0.5])
+def test_a_batch_is_its_problems(cost: Any, reach: Any, device: torch.device) -> None:
+    for dim in (3, 30):
+        x, y = torch.rand(5, 33, dim, device=device), torch.rand(5, 20, dim, device=device) + 0.3
+        a = torch.rand(5, 33, device=device) + 0.1
+        a = (a / a.sum(1, keepdim=True)).requires_grad_()
+        x.requires_grad_()
+        options: dict[str, Any] = {"cost": cost, "reach": reach}
+        result, divergence = sinkhorn(x, y, a, **options), sinkhorn_divergence(x, y, a, **options)
+        assert result.value.shape == divergence.shape == result.converged.shape == (5,)
+        (gradient, weights) = torch.autograd.grad(divergence @ torch.arange(5.0, device=device), (x, a))
+        values = torch.rand(20, 2, device=device)
+        products = result.plan @ values.expand(5, 20, 2)
+        for k in range(5):
+            xk, ak = x[k].detach().requires_grad_(), a[k].detach().requires_grad_()
+            one = sinkhorn(xk, y[k], ak, **options)
+            assert torch.equal(one.f, result.f[k])
+            assert torch.equal(one.value, result.value[k])
+            assert torch.equal(one.iterations, result.iterations[k])
+            assert torch.equal(one.plan @ values, products[k])
+            value = sinkhorn_divergence(xk, y[k], ak, **options)
+            assert torch.equal(value, divergence[k])
+            for got, want in zip((gradient[k], weights[k]), torch.autograd.grad(k * value, (xk, ak)), strict=True):
+                assert torch.allclose(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_weights_of_one_problem_serve_a_batch(device: torch.device) -> None:
+    x, y, b = torch.rand(3, 7, 2, device=device), torch.rand(3, 5, 2, device=device), torch.rand(5, device=device)
+    b = (b / b.sum()).requires_grad_()
+    value = sinkhorn_divergence(x, y, None, b)
+    assert torch.equal(value, sinkhorn_divergence(x, y, None, b.expand(3, 5)))
+    assert torch.autograd.grad(value.sum(), b)[0].shape == (5,)
+
+
+def test_a_batch_warns_of_its_worst_problem() -> None:
+    x, y = torch.rand(2, 50, 2), torch.rand(2, 50, 2)
+    y[0] = x[0]
+    with pytest.warns(UserWarning, match="not converged after 3 iterations"):
+        result = sinkhorn(x, y, epsilon=1e-4, max_iter=3)
+    assert not result.converged[1]
+
+
+# Costs
+
+
+@pytest.mark.parametrize("cost", ["half_sqeuclidean", "l1", "cosine", "dot", 0.7, 1.5, 3])
+def test_other_costs(cost: Any, device: torch.device) -> None:
+    (x, a), (y, b) = cloud(25, 3, device), cloud(30, 3, device)
+    inputs = [t.requires_grad_() for t in (x - 0.3, y, a, b)]
+    options: dict[str, Any] = {"cost": cost, "epsilon": 0.1, "tol": 1e-11, "max_iter": 20_000}
+    result = sinkhorn(*inputs, **options)
+    want = reference.sinkhorn(*inputs, 0.1, cost)
+    assert result.value.item() == pytest.approx(want.item(), rel=1e-9)
+    for got, other in zip(torch.autograd.grad(result.value, inputs), torch.autograd.grad(want, inputs), strict=True):
+        if got.dim() == 1:  # defined up to a constant
+            got, other = got - got.mean(), other - other.mean()
+        assert torch.allclose(got, other, rtol=1e-6, atol=1e-8)
+    C = reference.transport_cost_matrix(inputs[0], y, cost)
+    P = torch.outer(a, b) * ((result.f[:, None] + result.g - C) / result.epsilon).exp()
+    assert torch.allclose(result.plan.dense(), P, atol=1e-9)
+    value = sinkhorn_divergence(*inputs, **options)
+    assert value.item() == pytest.approx(reference.sinkhorn_divergence(*inputs, 0.1, cost).item(), rel=1e-7)
+
+
+def test_powers_one_and_two_are_the_named_costs(device: torch.device) -> None:
+    x, y = torch.rand(20, 3, device=device), torch.rand(30, 3, device=device)
+    assert torch.equal(sinkhorn_divergence(x, y, cost=2), sinkhorn_divergence(x, y))
+    assert torch.equal(sinkhorn_divergence(x, y, cost=1.0), sinkhorn_divergence(x, y, cost="euclidean"))
+
+
+@pytest.mark.parametrize("reach", [None, 0.7])
+@pytest.mark.parametrize("shape", [(1, 1), (40, 33), (200, 131)], ids=str)
+def test_a_matrix_of_costs(shape: tuple[int, int], reach: float | None, device: torch.device) -> None:
+    n, m = shape
+    C = torch.rand(n, m, dtype=DOUBLE, device=device, requires_grad=True)
+    _, a = cloud(n, 1, device)
+    _, b = cloud(m, 1, device)
+    inputs = [C, a.requires_grad_(), b.requires_grad_()]
+    rho = (math.inf, math.inf) if reach is None else (reach, reach)
+    f, g = reference.sinkhorn_potentials(C.detach(), a.detach(), b.detach(), 0.1, rho=rho)
+    want = reference.transport_dual(C, a, b, f, g, 0.1, rho)
+    result = sinkhorn_matrix(*inputs, epsilon=0.1, reach=reach, tol=1e-12, max_iter=5000)
+    assert result.value.item() == pytest.approx(want.item(), rel=1e-10)
+    for got, other in zip(torch.autograd.grad(result.value, inputs), torch.autograd.grad(want, inputs), strict=True):
+        if got.dim() == 1 and reach is None:
+            got, other = got - got.mean(), other - other.mean()
+        assert torch.allclose(got, other, rtol=1e-6, atol=1e-9)
+    single = sinkhorn_matrix(*(t.detach().float() for t in inputs), epsilon=0.1, reach=reach, tol=1e-4)
+    assert single.value.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_a_function_of_the_points(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(40, 3, device), cloud(33, 3, device)
+    x.requires_grad_()
+
+    def squared(x: Tensor, y: Tensor) -> Tensor:
+        return (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
+
+    got, want = (sinkhorn(x, y, a, b, cost=cost, epsilon=0.1, tol=1e-11) for cost in (squared, "sqeuclidean"))
+    assert got.value.item() == pytest.approx(want.value.item(), rel=1e-9)
+    gradients = [torch.autograd.grad(result.value, x)[0] for result in (got, want)]
+    assert torch.allclose(*gradients, atol=1e-9)
+    assert torch.allclose(got.plan.barycentric_map(), want.plan.barycentric_map(), atol=1e-9)
+    batch = sinkhorn(x.expand(2, 40, 3), y.expand(2, 33, 3), a, b, cost=squared, epsilon=0.1, tol=1e-11)
+    assert torch.allclose(batch.value, got.value)
+
+
+@pytest.mark.parametrize("cost", [*COSTS, "l1", 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_costs_in_memory_give_what_costs_computed_again_give(
+    cost: Any, dtype: torch.dtype, device: torch.device
+) -> None:
+    for n, m, dim in ((1, 1, 24), (133, 70, 24), (70, 200, 65)):
+        (x, a), (y, b) = cloud(n, dim, device, dtype), cloud(m, dim, device, dtype)
+        options: dict[str, Any] = {"cost": cost, "tol": 1e-4 if dtype == torch.float32 else 1e-10}
+        cached, computed = (sinkhorn(x, y, a, b, memory_limit=k, **options) for k in (1 << 30, 0))
+        assert cached.value.item() == pytest.approx(
+            computed.value.item(), rel=1e-5 if dtype == torch.float32 else 1e-11
+        )
+        assert cached.iterations == computed.iterations
+        a[1::3] = 0
+        a /= a.sum()
+        for scaling in (None, 1 / 16):
+            options |= {"scaling": scaling, "epsilon": 0.02 * dim, "max_iter": 300, "tol": 0.0}
+            cached, computed = (sinkhorn(x, y, a, b, memory_limit=k, **options) for k in (1 << 30, 0))
+            assert cached.value.item() == pytest.approx(
+                computed.value.item(), rel=1e-4 if dtype == torch.float32 else 1e-9
+            )
+        divergence = sinkhorn_divergence(x, x.clone(), a, a.clone(), cost=cost)
+        assert divergence.item() == 0
+
+
+# The plan
+
+
+@pytest.mark.parametrize("cost", [*COSTS, "l1", "cosine", 1.5])
+@pytest.mark.parametrize("reach", [None, 0.4])
+def test_plan(cost: Any, reach: float | None, device: torch.device) -> None:
+    (x, a), (y, b) = cloud(70, 3, device), cloud(45, 3, device)
+    y = y + 5 if cost != "cosine" else y
+    result = sinkhorn(x, y, a, b, cost=cost, reach=reach, epsilon=0.1, tol=1e-10, max_iter=5000)
+    plan = result.plan
+    C = reference.transport_cost_matrix(x, y, cost)
+    P = torch.outer(a, b) * ((result.f[:, None] + result.g - C) / result.epsilon).exp()
+    assert plan.shape == (70, 45)
+    assert plan.T.shape == (45, 70)
+    assert torch.allclose(plan.dense(), P, atol=1e-12)
+    assert torch.allclose(plan.T.dense(), P.T, atol=1e-12)
+    values, weights = torch.rand(45, 4, dtype=DOUBLE, device=device), torch.rand(70, dtype=DOUBLE, device=device)
+    assert torch.allclose(plan @ values, P @ values, atol=1e-12)
+    assert torch.allclose(plan.T @ weights, P.T @ weights, atol=1e-12)
+    assert torch.allclose(plan.sum(-1), P.sum(1), atol=1e-12)
+    assert torch.allclose(plan.sum(-2), P.sum(0), atol=1e-12)
+    assert torch.allclose(plan.barycentric_map(), P @ y / P.sum(1, keepdim=True), atol=1e-9)
+    assert torch.equal(plan.argmax(), P.argmax(1))
+    assert torch.allclose(plan.rows(3, 9), P[3:9], atol=1e-12)
+    if reach is None:
+        assert torch.allclose(plan.sum(-1), a, atol=1e-9)
+    assert torch.autograd.gradcheck(lambda v: plan @ v, values.requires_grad_())
+    with pytest.raises(ValueError, match="the matrix has 3150 entries, more than the limit of 100"):
+        plan.dense(100)
+    with pytest.raises(ValueError, match=r"values must have shape \(45,\), or one more dimension"):
+        plan @ weights
+
+
+def test_plan_in_float(device: torch.device) -> None:
+    x, y = torch.rand(300, 20, device=device) + 100, torch.rand(200, 20, device=device) - 100
+    result = sinkhorn(x, y, tol=1e-5)
+    P = result.plan.dense()
+    assert P.dtype == torch.float32
+    values = torch.rand(200, 3, device=device)
+    assert torch.allclose(result.plan @ values, P @ values, rtol=1e-3)
+    assert (result.plan.sum(-1) - 1 / 300).abs().sum() < 1e-3
+
+
+@pytest.mark.parametrize("cost", [*COSTS, "l1", "cosine", "dot", 1.5])
+def test_potentials_at_new_points(cost: Any, device: torch.device) -> None:
+    (x, a), (y, b) = cloud(50, 3, device), cloud(40, 3, device)
+    for reach in (None, 0.6) if cost != "dot" else (None,):
+        result = sinkhorn(x, y, a, b, cost=cost, reach=reach, epsilon=0.1, tol=1e-12, max_iter=5000)
+        assert torch.allclose(result.plan.potential(x), result.f, atol=1e-9)
+        assert torch.allclose(result.plan.T.potential(y), result.g, atol=1e-9)
+        points = torch.rand(5, 3, dtype=DOUBLE, device=device, requires_grad=True)
+        assert torch.autograd.gradcheck(result.plan.potential, points, atol=1e-6)
+
+
 # Layouts and dtypes
 
 
@@ -436,12 +708,30 @@ def test_refusals(device: torch.device) -> None:
     a = torch.full((5,), 0.2, device=device)
     cases: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
         (ValueError, r"y must have the dimension of x \(2\), got 3", (x, torch.rand(4, 3, device=device)), {}),
-        (ValueError, r"x must be points of shape \(count, dim\)", (x[0], y), {}),
-        (ValueError, r"y must be points of shape \(count, dim\), at least one of each", (x, y[:0]), {}),
+        (ValueError, r"x must be points of shape \(count, dim\) or \(batch, count, dim\)", (x[0], y), {}),
+        (ValueError, r"y must be points of shape .*, at least one of each", (x, y[:0]), {}),
         (ValueError, r"a must have shape \[5\], got \[4\]", (x, y, a[:4]), {}),
         (TypeError, "x must be a floating-point tensor", (x.int(), y), {}),
         (TypeError, "y must have the dtype of x", (x, y.double()), {}),
-        (ValueError, 'cost must be "sqeuclidean" or "euclidean", got "cosine"', (x, y), {"cost": "cosine"}),
+        (
+            ValueError,
+            'cost must be one of "sqeuclidean", .*, or a power of the distance, got .manhattan',
+            (x, y),
+            {"cost": "manhattan"},
+        ),
+        (ValueError, "cost as a power of the distance must be positive", (x, y), {"cost": -1.0}),
+        (ValueError, "reach must be positive and finite, or None, got 0", (x, y), {"reach": 0}),
+        (ValueError, "reach must be a number or a pair, got 3 values", (x, y), {"reach": (1, 2, 3)}),
+        (TypeError, "reach must be a number", (x, y), {"reach": "far"}),
+        (
+            NotImplementedError,
+            "cost .dot. is implemented for balanced transport only",
+            (x, y),
+            {"cost": "dot", "reach": 1},
+        ),
+        (ValueError, "memory_limit must not be negative", (x, y), {"memory_limit": -1}),
+        (ValueError, "y must have the batch of x", (x[None], y), {}),
+        (ValueError, "y must have the batch of x", (x.expand(2, 5, 2), y.expand(3, 4, 2)), {}),
         (ValueError, "epsilon must be positive", (x, y), {"epsilon": 0.0}),
         (ValueError, r"scaling must be in \(0, 1\)", (x, y), {"scaling": 1.0}),
         (ValueError, "tol must be finite and not negative", (x, y), {"tol": -1.0}),

@@ -14,8 +14,9 @@ from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
 from .penalty import GradientPenalty, gradient_penalty
-from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
+from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence, sinkhorn_matrix
 from .spectral import remove_spectral_norm, spectral_norm
+from .transport import TransportPlan
 from .wgan_gp import CriticLoss, CriticLossParts, wgan_gp_loss
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "GradientPenalty",
     "LayerPlan",
     "SinkhornResult",
+    "TransportPlan",
     "build_info",
     "clip_weights_",
     "critic_loss",
@@ -40,6 +42,7 @@ __all__ = [
     "remove_spectral_norm",
     "sinkhorn",
     "sinkhorn_divergence",
+    "sinkhorn_matrix",
     "spectral_norm",
     "wasserstein_1d",
     "wgan_gp_loss",
