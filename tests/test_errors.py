@@ -333,7 +333,19 @@ ROWS: dict[str, list[Row]] = {
     ],
     "sinkhorn_divergence": [
         *of_transport(),
-        (lambda f: f(X, X, cost=torch.cdist), TypeError, "cost must be a name or a power of the distance, got a func"),
+        (lambda f: f(X, X, cost=torch.cdist), ValueError, "a cost given by a function needs an epsilon"),
+    ],
+    "SamplesLoss": [
+        (lambda f: f("energy"), NotImplementedError, 'loss must be "sinkhorn", without a kernel, got .energy.'),
+        (lambda f: f(5), TypeError, "loss must be a string, got int"),
+        (lambda f: f(p=3), ValueError, "p must be 1 or 2, got 3"),
+        (lambda f: f(blur=0.0), ValueError, "blur must be positive, got 0.0"),
+        (lambda f: f(blur=None), TypeError, "blur must be a number, got NoneType"),
+        (lambda f: f(reach=-1), ValueError, "reach must be positive, got -1"),
+        (lambda f: f(scaling=1.0), ValueError, r"scaling must be in \(0, 1\), got 1.0"),
+        (lambda f: f(cost="SqDist(X,Y)"), NotImplementedError, "cost must be a function of x and y"),
+        (lambda f: f()(X), ValueError, r"arguments must be \(x, y\), .*, got 1"),
+        (lambda f: f()(X, 5), TypeError, "y must be a tensor, got int"),
     ],
     "sinkhorn_matrix": [
         (lambda f: f(5), TypeError, "C must be a tensor, got int"),

@@ -14,6 +14,7 @@ from .critic import CriticPlan, LayerPlan, explain, input_gradient
 from .distances import js_divergence, wasserstein_1d
 from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_loss, generator_loss
 from .penalty import GradientPenalty, gradient_penalty
+from .samples_loss import SamplesLoss
 from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence, sinkhorn_matrix
 from .spectral import remove_spectral_norm, spectral_norm
 from .transport import TransportPlan
@@ -27,6 +28,7 @@ __all__ = [
     "CriticPlan",
     "GradientPenalty",
     "LayerPlan",
+    "SamplesLoss",
     "SinkhornResult",
     "TransportPlan",
     "build_info",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import check_device, check_floating_tensor, check_number, check_type
-from .ground import Cost, CostName, Ground, ground
+from .ground import Cost, Ground, ground
 from .transport import MatrixPlan, PointPlan, TransportPlan
 
 __all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_divergence", "sinkhorn_matrix"]
@@ -89,7 +89,7 @@ def sinkhorn(
     ``scaling`` multiplies epsilon from iteration to iteration until the target; None starts there. The solve stops at
     the L1 marginal error ``tol``, or after ``max_iter`` iterations, with a warning on the CPU (on CUDA, read
     ``converged``); ``tol=0.0`` runs exactly ``max_iter``. ``relaxation`` is the factor of over-relaxation, 1.0 for
-    none. ``init`` holds potentials (f, g) to start from, at the target epsilon. On the CPU the costs of points in 24
+    none. ``init`` holds potentials (f, g) to start from, at the target epsilon. On the CPU the costs of points in 16
     dimensions and more are kept in a matrix if it takes no more than ``memory_limit`` bytes; else they are computed
     again in every pass.
 
@@ -142,7 +142,7 @@ def sinkhorn_divergence(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
-    cost: CostName | float = "sqeuclidean",
+    cost: Cost = "sqeuclidean",
     epsilon: float | None = None,
     reach: Reach = None,
     scaling: float | None = 0.5,
@@ -153,7 +153,8 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """Debiased Sinkhorn divergence OT(x, y) - OT(x, x)/2 - OT(y, y)/2 (Feydy et al. 2019), shape () or (B,).
 
-    Arguments, derivatives and errors are those of :func:`sinkhorn`; one epsilon serves the three terms. With ``reach``
+    Arguments, derivatives and errors are those of :func:`sinkhorn`; one epsilon serves the three terms, and must be
+    given where the cost is a function. With ``reach``
     it includes epsilon/2 (sum of a - sum of b)^2 (Sejourne et al. 2019). Zero bit for bit, gradient included, when the
     two clouds are equal; a cloud and its translate by t are |t|^2 apart (squared cost, balanced). It is not negative at
     convergence; stopped at ``tol`` it can fall below zero by the error of its terms.
@@ -161,7 +162,19 @@ def sinkhorn_divergence(
     function = "sinkhorn_divergence"
     factor = _check(function, x, y, a, b, epsilon, scaling, tol, max_iter, relaxation, memory_limit)
     if callable(cost):
-        raise TypeError(f"{function}: cost must be a name or a power of the distance, got a function; see sinkhorn")
+        if epsilon is None:
+            raise ValueError(f"{function}: a cost given by a function needs an epsilon, one for the three terms")
+        options: dict[str, Any] = {
+            "epsilon": epsilon, "scaling": scaling, "tol": tol, "max_iter": max_iter, "relaxation": relaxation,
+        }  # fmt: skip
+        side_x, side_y = reach if isinstance(reach, tuple) and len(reach) == 2 else (reach, reach)
+        total = sinkhorn_matrix(cost(x, y), a, b, reach=reach, **options).value
+        for points, weights, own in ((x, a, side_x), (y, b, side_y)):
+            total = total - sinkhorn_matrix(cost(points, points), weights, weights, reach=own, **options).value / 2
+        if reach is not None:
+            mass_a, mass_b = (1.0 if w is None else w.sum(-1) for w in (a, b))
+            total = total + epsilon / 2 * (mass_a - mass_b) ** 2
+        return total
     space = ground(function, cost)
     rho_x, rho_y = _rho(function, reach, space)
     value: Tensor = _ops.sinkhorn_divergence(

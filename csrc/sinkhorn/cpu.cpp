@@ -21,7 +21,7 @@ constexpr int64_t kBlockBytes = 128 * 1024;             // of panels
 constexpr int64_t kVectorChunk = 8192;                  // elements of an elementwise loop
 constexpr int64_t kMostStrips = 32;                     // parts of a matrix's rows
 constexpr int64_t kStripColumns = 4096;                 // whose sums stay in the first-level cache
-constexpr int64_t kLeastCachedDim = 24;                 // from here on reading a cost is cheaper than computing it
+constexpr int64_t kLeastCachedDim = 16;                 // from here on reading a cost is cheaper than computing it
 
 template <typename T>
 constexpr int64_t kPanel = 2 * Vec<T>::size;
