@@ -237,6 +237,17 @@ def test_potentials_and_facts_carry_no_gradient(device: torch.device) -> None:
     assert not any(t.requires_grad for t in (result.f, result.g, result.marginal_error, result.epsilon))
 
 
+def test_gradient_between_near_clouds_at_the_default_tolerance(device: torch.device) -> None:
+    # Both terms of the gradient are a hundred times the difference; the cross term has to start from the self terms.
+    torch.manual_seed(0)
+    x, a = cloud(200, 2, device)
+    y = x + 0.01 * torch.randn_like(x)
+    x.requires_grad_()
+    (want,) = torch.autograd.grad(reference.sinkhorn_divergence(x, y, a, a, 0.02), x)
+    (got,) = torch.autograd.grad(sinkhorn_divergence(x, y, a, a, epsilon=0.02), x)
+    assert (got - want).norm() < 0.06 * want.norm()
+
+
 # The solver's rules
 
 
@@ -507,6 +518,39 @@ def test_a_batch_warns_of_its_worst_problem() -> None:
     with pytest.warns(UserWarning, match="not converged after 3 iterations"):
         result = sinkhorn(x, y, epsilon=1e-4, max_iter=3)
     assert not result.converged[1]
+
+
+def test_vmap_makes_a_batch(device: torch.device) -> None:
+    x, y = torch.rand(4, 9, 3, device=device, requires_grad=True), torch.rand(8, 3, device=device)
+    a = torch.rand(9, device=device)
+    a = a / a.sum()
+
+    def divergence(x: Tensor) -> Tensor:
+        return sinkhorn_divergence(x, y, a, epsilon=0.1)
+
+    value = torch.func.vmap(divergence)(x)
+    want = sinkhorn_divergence(x, y.expand(4, 8, 3), a, epsilon=0.1)
+    assert torch.equal(value, want)
+    assert torch.equal(*(torch.autograd.grad(t.sum(), x)[0] for t in (value, want)))
+    grid = x.detach().reshape(2, 2, 9, 3)
+    nested = torch.func.vmap(torch.func.vmap(divergence, in_dims=1), in_dims=2)(grid.permute(2, 1, 0, 3))
+    assert torch.equal(nested.flatten(), want)
+    of_batches = torch.func.vmap(lambda x: sinkhorn(x, y.expand(2, 8, 3), epsilon=0.1).f)(grid)
+    assert torch.equal(of_batches.flatten(0, 1), sinkhorn(x, y.expand(4, 8, 3), epsilon=0.1).f)
+    C = torch.rand(3, 5, 6, device=device)
+    assert torch.equal(torch.func.vmap(lambda C: sinkhorn_matrix(C).value)(C), sinkhorn_matrix(C).value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # jvp's own
+def test_differentiating_transforms_are_refused(device: torch.device) -> None:
+    x, y = torch.rand(9, 3, device=device), torch.rand(8, 3, device=device)
+    for call in (
+        lambda: torch.func.grad(lambda x: sinkhorn_divergence(x, y))(x),
+        lambda: torch.func.vmap(torch.func.grad(lambda x: sinkhorn(x, y).value))(x[None]),
+        lambda: torch.func.jvp(lambda x: sinkhorn_divergence(x, y), (x,), (x,)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"sinkhorn.*: torch.func's grad, vjp, jvp"):
+            call()
 
 
 # Costs

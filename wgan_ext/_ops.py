@@ -197,3 +197,38 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 for _name in ("sinkhorn", "sinkhorn_divergence", "sinkhorn_matrix", "sinkhorn_transport", "sinkhorn_softmin"):
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(f"wgan_ext::{_name}", _device, torch.float32)
+
+
+def _sinkhorn_vmap(operator: Any, tensors: tuple[int, ...], dims: tuple[int, ...]) -> Callable[..., Any]:
+    """Return the rule of an operator that solves a batch: the mapped dimension becomes the batch, or part of it.
+
+    ``tensors`` are the places of the operator's tensors, ``dims`` their dimensions without a batch.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size, moved, batch = info.batch_size, list(args), None
+        for place, dim in zip(tensors, dims, strict=True):
+            t = args[place]
+            if t is None:
+                continue
+            at = in_dims[place]
+            t = t.expand(size, *t.shape) if at is None else t.movedim(at, 0)
+            if t.dim() == dim + 2:
+                batch = t.shape[1]
+                t = t.flatten(0, 1)
+            moved[place] = t
+        result = operator(*moved)
+        if batch is not None:
+            result = tuple(t.unflatten(0, (size, batch)) for t in result)
+        return result, tuple(0 for _ in result)
+
+    return rule
+
+
+for _name, _tensors, _dims in (
+    ("sinkhorn", (0, 1, 2, 3, 14, 15), (2, 2, 1, 1, 1, 1)),
+    ("sinkhorn_divergence", (0, 1, 2, 3), (2, 2, 1, 1)),
+    ("sinkhorn_matrix", (0, 1, 2, 10, 11), (2, 1, 1, 1, 1)),
+):
+    _rule = _sinkhorn_vmap(getattr(torch.ops.wgan_ext, _name).default, _tensors, _dims)
+    torch.library.register_vmap(f"wgan_ext::{_name}", _rule)

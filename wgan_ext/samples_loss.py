@@ -63,9 +63,7 @@ class SamplesLoss(nn.Module):
             )
         if p not in (1, 2):
             raise ValueError(f"{function}: p must be 1 or 2, got {p!r}")
-        for name, value in (("blur", blur), ("reach", reach), ("scaling", scaling)):
-            if value is None and name == "reach":
-                continue
+        for name, value in (("blur", blur), ("scaling", scaling), ("reach", 1.0 if reach is None else reach)):
             check_number(function, name, value)
             if not value > 0:
                 raise ValueError(f"{function}: {name} must be positive, got {value}")

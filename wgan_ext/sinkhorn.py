@@ -13,10 +13,12 @@ import dataclasses
 import math
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from . import _ops
 from ._checks import check_device, check_floating_tensor, check_number, check_type
+from ._transforms import refuse_derivatives
 from .ground import Cost, Ground, ground
 from .transport import MatrixPlan, PointPlan, TransportPlan
 
@@ -295,6 +297,8 @@ def _check(
 def _check_options(
     function: str, epsilon: float | None, scaling: float | None, tol: float, max_iter: int, relaxation: Any
 ) -> float | None:
+    if not torch.compiler.is_compiling():
+        refuse_derivatives(function)
     for name, value in (("epsilon", epsilon), ("scaling", scaling), ("tol", tol)):
         if value is not None or name == "tol":
             check_number(function, name, value)
