@@ -243,7 +243,8 @@ def test_batch_of_divergences_and_gradient(
                     f, g = (f + batch_softmin(C, g, at)) / 2, (g + batch_softmin(C.mT, f, at)) / 2
             rows = (p[:, :, None] - q[:, None].detach()).square().sum(-1)
             columns = (q[:, :, None] - p[:, None].detach()).square().sum(-1)
-            value = value + sign * (batch_softmin(rows, g, epsilon).mean(1) + batch_softmin(columns, f, epsilon).mean(1))
+            sides = batch_softmin(rows, g, epsilon).mean(1), batch_softmin(columns, f, epsilon).mean(1)
+            value = value + sign * (sides[0] + sides[1])
         return value, torch.autograd.grad(value.sum(), x)[0]
 
     iterations = iterations_to(tol, squared_distances(*pairs[0]), epsilon, averaged)
@@ -251,7 +252,8 @@ def test_batch_of_divergences_and_gradient(
     if options := geomloss_at(tol, *pairs[0], epsilon):
         contestants["GeomLoss"] = geomloss_gradient(x, y, options)
     contest(
-        f"{problems} Sinkhorn divergences and gradient, marginal error {tol}, N=M={count}, D={dim}, float32", contestants
+        f"{problems} Sinkhorn divergences and gradient, marginal error {tol}, N=M={count}, D={dim}, float32",
+        contestants,
     )
 
 
