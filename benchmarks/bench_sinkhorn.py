@@ -92,7 +92,7 @@ def geomloss_at(tol: float, x: Tensor, y: Tensor, epsilon: float) -> dict[str, A
     options: dict[str, Any] = {"p": 2, "blur": (epsilon / 2) ** 0.5, "backend": "tensorized"}
     C = squared_distances(x, y) / 2
     for scaling in (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998):
-        f, g = SamplesLoss(scaling=scaling, debias=False, potentials=True, **options)(x, y)
+        f, g = (t.flatten() for t in SamplesLoss(scaling=scaling, debias=False, potentials=True, **options)(x, y))
         if marginal_error(C, f, g, epsilon / 2) <= tol:
             return options | {"scaling": scaling}
     return None
