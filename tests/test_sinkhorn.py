@@ -611,6 +611,8 @@ def test_a_function_of_the_points(device: torch.device) -> None:
 
     got, want = (sinkhorn(x, y, a, b, cost=cost, epsilon=0.1, tol=1e-11) for cost in (squared, "sqeuclidean"))
     assert got.value.item() == pytest.approx(want.value.item(), rel=1e-9)
+    with pytest.raises(NotImplementedError, match="a matrix of costs says nothing of new points"):
+        got.plan.potential(x)
     gradients = [torch.autograd.grad(result.value, x)[0] for result in (got, want)]
     assert torch.allclose(*gradients, atol=1e-9)
     assert torch.allclose(got.plan.barycentric_map(), want.plan.barycentric_map(), atol=1e-9)

@@ -111,6 +111,16 @@ class TransportPlan(abc.ABC):
         """The column of the largest entry of each row, shape (N,), int64: a hard assignment."""
         return torch.cat([block.argmax(-1) for block in self._blocks()], -1)
 
+    def potential(self, points: Tensor) -> Tensor:
+        """The potential f at new points, shape (K, D), or (B, K, D): shape (K,), differentiable once in the points.
+
+        -epsilon log sum_j b_j exp((g_j - C(x, y_j)) / epsilon), where a marginal is penalised times rho / (rho +
+        epsilon): f itself at the points of x, at convergence. ``plan.T.potential(points)`` is that of g.
+
+        Raises NotImplementedError for the plan of a matrix of costs, which says nothing of new points.
+        """
+        raise NotImplementedError("TransportPlan: a matrix of costs says nothing of new points")
+
     def _blocks(self) -> Iterator[Tensor]:
         size = max(1, BLOCK_BYTES // (8 * self.shape[:-2].numel() * self.shape[-1]))
         for begin in range(0, self.shape[-2], size):
@@ -142,11 +152,7 @@ class PointPlan(TransportPlan):
     _pairs: ClassVar[tuple[str, ...]] = (*TransportPlan._pairs, "points", "centred", "rho")
 
     def potential(self, points: Tensor) -> Tensor:
-        """The potential f at new points, shape (K, D), or (B, K, D): shape (K,), differentiable once in the points.
-
-        -epsilon log sum_j b_j exp((g_j - C(x, y_j)) / epsilon), where a marginal is penalised times rho / (rho +
-        epsilon): f itself at the points of x, at convergence. ``plan.T.potential(points)`` is that of g.
-        """
+        """See :meth:`TransportPlan.potential`."""
         check_floating_tensor("TransportPlan", "points", points)
         check_device("TransportPlan", "points", points, "the plan's points", self.epsilon)
         softmin: Tensor = _ops.sinkhorn_softmin(
