@@ -793,6 +793,19 @@ def test_compiled_code_gives_the_same(device: torch.device) -> None:
     assert torch.equal(gradient, want[1])
 
 
+def test_compiled_results_have_a_plan(device: torch.device) -> None:
+    x, y = torch.rand(2, 9, 3, device=device, requires_grad=True), torch.rand(2, 8, 3, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        result = sinkhorn(x, y, cost="half_sqeuclidean", epsilon=0.1, reach=(1.0, None))
+        moved = result.plan.barycentric_map().square().sum() + result.plan.times(x[:, :8]).sum()
+        return result.value.sum() + moved + result.plan.potential(x).sum() + SamplesLoss()(x, y).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (got, want) = ((value, *torch.autograd.grad(value, x)) for value in (compiled(x), loss(x)))
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
 # Refusals
 
 

@@ -56,7 +56,14 @@ class TransportPlan(abc.ABC):
         return dataclasses.replace(self, **changes)
 
     def __matmul__(self, values: Tensor) -> Tensor:
-        """P times values, shape (M,) or (M, K), for a batch (B, M) or (B, M, K); differentiable in them."""
+        """P times values: see :meth:`times`."""
+        return self.times(values)
+
+    def times(self, values: Tensor) -> Tensor:
+        """P times values, shape (M,) or (M, K), for a batch (B, M) or (B, M, K); differentiable in them.
+
+        ``plan @ values`` is the same, but torch.compile knows no operators of classes.
+        """
         check_floating_tensor("TransportPlan", "values", values)
         check_device("TransportPlan", "values", values, "the points", self.epsilon)
         columns = self.potentials[1].shape
@@ -67,7 +74,7 @@ class TransportPlan(abc.ABC):
                 f"{tuple(values.shape)}"
             )
         matrix = values.unsqueeze(-1) if vector else values
-        product = self._times(matrix) if matrix.shape[-1] else matrix.new_zeros(*self.shape[:-1], 0)
+        product = self._product(matrix) if matrix.shape[-1] else matrix.new_zeros(*self.shape[:-1], 0)
         return product.squeeze(-1) if vector else product
 
     def sum(self, dim: int) -> Tensor:
@@ -75,7 +82,7 @@ class TransportPlan(abc.ABC):
         if dim not in (-1, -2):
             raise ValueError(f"TransportPlan: dim must be -1 or -2, got {dim}")
         plan = self if dim == -1 else self.T
-        return plan @ torch.ones_like(plan.potentials[1])
+        return plan.times(torch.ones_like(plan.potentials[1]))
 
     def rows(self, begin: int, end: int) -> Tensor:
         """The entries of the rows from begin to end, shape (end - begin, M), by way of float64."""
@@ -104,7 +111,7 @@ class TransportPlan(abc.ABC):
         if y is None:
             raise ValueError("TransportPlan: barycentric_map needs points; give sinkhorn_matrix the targets")
         values = torch.cat([y, torch.ones_like(y[..., :1])], -1).to(self.potentials[0].dtype)
-        sums = self @ values
+        sums = self.times(values)
         return sums[..., :-1] / sums[..., -1:]
 
     def argmax(self) -> Tensor:
@@ -127,7 +134,7 @@ class TransportPlan(abc.ABC):
             yield self.rows(begin, min(begin + size, self.shape[-2]))
 
     @abc.abstractmethod
-    def _times(self, values: Tensor) -> Tensor: ...
+    def _product(self, values: Tensor) -> Tensor: ...
 
     @abc.abstractmethod
     def _cost_rows(self, begin: int, end: int) -> Tensor:
@@ -164,7 +171,7 @@ class PointPlan(TransportPlan):
             softmin = softmin * (rho / (rho + self.epsilon)).unsqueeze(-1).to(softmin.dtype)
         return softmin if self.ground.offset is None else softmin - self.ground.offset(points).to(softmin.dtype)
 
-    def _times(self, values: Tensor) -> Tensor:
+    def _product(self, values: Tensor) -> Tensor:
         product: Tensor = _ops.sinkhorn_transport(
             values, *self.points, *self.weights, *self.centred, self.epsilon, self.ground.operator, self.ground.power,
             *self.rho,
@@ -200,7 +207,7 @@ class MatrixPlan(TransportPlan):
         """The plan from y to x, shape (M, N)."""
         return dataclasses.replace(super().T, costs=self.costs.mT)
 
-    def _times(self, values: Tensor) -> Tensor:
+    def _product(self, values: Tensor) -> Tensor:
         return torch.cat([block.to(values.dtype) @ values for block in self._blocks()], -2)
 
     def _cost_rows(self, begin: int, end: int) -> Tensor:
