@@ -988,10 +988,12 @@ class DivergenceFunction : public torch::autograd::Function<DivergenceFunction> 
   }
 };
 
-// What the derivatives compute has none of its own: the potentials that they hold fixed move with the points.
+// What the derivatives compute has none of its own: the potentials that they hold fixed move with all that the problem
+// is made of, points or costs and weights, which come first.
 class RefusedFunction : public torch::autograd::Function<RefusedFunction> {
  public:
-  static Tensor forward(AutogradContext*, const Tensor&, const Tensor&, const std::function<Tensor()>& compute) {
+  static Tensor forward(AutogradContext*, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                        const OptionalTensor&, const std::function<Tensor()>& compute) {
     at::AutoDispatchBelowADInplaceOrView below;
     return compute();
   }
@@ -1026,16 +1028,16 @@ class MatrixFunction : public torch::autograd::Function<MatrixFunction> {
     const Needs needs(*ctx, 1, a, b);
     variable_list inputs(12);
     if (needs.x) inputs[0] = scaled(grads[0], sinkhorn_matrix_gradient_op().call(costs, a, b, f, g, epsilon), 2);
-    if (needs.a) inputs[1] = scaled(grads[0], weight_gradient(costs, f, b, kept.rho_x, kept.rho_y, epsilon), 1);
-    if (needs.b) inputs[2] = scaled(grads[0], weight_gradient(costs, g, a, kept.rho_y, kept.rho_x, epsilon), 1);
+    if (needs.a) inputs[1] = scaled(grads[0], weight_gradient(costs, f, a, b, kept.rho_x, kept.rho_y, epsilon), 1);
+    if (needs.b) inputs[2] = scaled(grads[0], weight_gradient(costs, g, b, a, kept.rho_y, kept.rho_x, epsilon), 1);
     return inputs;
   }
 
  private:
   // f, or soft_gradient; a second derivative is refused, for f depends on the costs.
-  static Tensor weight_gradient(const Tensor& costs, const Tensor& f, const OptionalTensor& b, OptionalNumber rho_x,
-                                OptionalNumber rho_y, const Tensor& epsilon) {
-    return RefusedFunction::apply(costs, f, [&] {
+  static Tensor weight_gradient(const Tensor& costs, const Tensor& f, const OptionalTensor& a, const OptionalTensor& b,
+                                OptionalNumber rho_x, OptionalNumber rho_y, const Tensor& epsilon) {
+    return RefusedFunction::apply(costs, a, b, OptionalTensor(), [&] {
       const Tensor mass = b ? at::sum(*b, {-1}, false, at::kDouble) : at::ones({1}, epsilon.options());
       const double rho = rho_x.value_or(std::numeric_limits<double>::infinity());
       return soft_gradient(batched(f, 1).to(at::kDouble), epsilon, rho, mass).reshape(f.sizes()).to(f.scalar_type());
@@ -1121,20 +1123,22 @@ Seven matrix_autograd(const Tensor& costs, const OptionalTensor& a, const Option
 Tensor gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                          const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
                          OptionalNumber rho_x, OptionalNumber rho_y) {
-  return RefusedFunction::apply(
-      x, y, [&] { return sinkhorn_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y); });
+  return RefusedFunction::apply(x, OptionalTensor(y), a, b, [&] {
+    return sinkhorn_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y);
+  });
 }
 
 Tensor weight_gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                                 const Tensor& f, const Tensor& epsilon, std::string_view cost, double power,
                                 OptionalNumber rho_x, OptionalNumber rho_y) {
-  return RefusedFunction::apply(
-      x, y, [&] { return sinkhorn_weight_gradient_op().call(x, y, a, b, f, epsilon, cost, power, rho_x, rho_y); });
+  return RefusedFunction::apply(x, OptionalTensor(y), a, b, [&] {
+    return sinkhorn_weight_gradient_op().call(x, y, a, b, f, epsilon, cost, power, rho_x, rho_y);
+  });
 }
 
 Tensor matrix_gradient_autograd(const Tensor& costs, const OptionalTensor& a, const OptionalTensor& b, const Tensor& f,
                                 const Tensor& g, const Tensor& epsilon) {
-  return RefusedFunction::apply(costs, f,
+  return RefusedFunction::apply(costs, a, b, OptionalTensor(),
                                 [&] { return sinkhorn_matrix_gradient_op().call(costs, a, b, f, g, epsilon); });
 }
 
