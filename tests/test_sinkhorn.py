@@ -489,6 +489,59 @@ def test_the_term_of_unlike_masses(device: torch.device) -> None:
     assert sinkhorn_divergence(x, x, a, a.clone(), epsilon=0.5, reach=1.0).item() == 0
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    m=st.integers(1, 12),
+    masses=st.tuples(st.sampled_from([0.3, 1.0, 4.0]), st.sampled_from([0.5, 1.0, 2.0])),
+    reach=st.sampled_from([0.1, 1.0, (0.3, 2.0), (None, 0.5)]),
+    cost=st.sampled_from([*COSTS, "l1"]),
+    seed=st.integers(0, 2**16),
+)
+def test_unbalanced_divergence_is_symmetric_and_not_negative(
+    n: int, m: int, masses: tuple[float, float], reach: Any, cost: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    cpu = torch.device("cpu")
+    (x, a), (y, b) = cloud(n, 2, cpu), cloud(m, 2, cpu)
+    a, b = masses[0] * a, masses[1] * b
+    options: dict[str, Any] = {"cost": cost, "epsilon": 0.1, "tol": 1e-9, "max_iter": 20_000}
+    turned = reach[::-1] if isinstance(reach, tuple) else reach
+    there = sinkhorn_divergence(x, y, a, b, reach=reach, **options)
+    back = sinkhorn_divergence(y, x, b, a, reach=turned, **options)
+    assert there.item() == pytest.approx(back.item(), rel=1e-7, abs=1e-7)
+    if not isinstance(reach, tuple):  # of unlike penalties it is no divergence
+        assert there >= -1e-7
+
+
+@pytest.mark.parametrize("case", ["scaling", "no scaling", "zero weights", "tiny weights", "warm", "far", "omega"])
+@pytest.mark.parametrize("cost", COSTS)
+def test_adversaries_of_unbalanced_problems(case: str, cost: str, device: torch.device) -> None:
+    (x, a), (y, b) = cloud(150, 2, device), cloud(120, 2, device)
+    options: dict[str, Any] = {"epsilon": 5e-3, "max_iter": 5000, "cost": cost, "reach": 0.3}
+    if case in ("scaling", "no scaling"):
+        options["scaling"] = 1 / 16 if case == "scaling" else None
+    elif case == "zero weights":
+        a[::3], b[1::2] = 0, 0
+    elif case == "tiny weights":
+        a[::3], b[1::2] = 1e-30, 1e-35
+    elif case == "far":  # nothing is worth moving
+        y += 100
+    elif case == "omega":
+        options["relaxation"] = 1.95
+    single = [t.float() for t in (x, y, 3 * a, b)]
+    if case == "warm":
+        options["init"] = tuple(torch.randn(k, device=device) for k in (150, 120))
+    result, exact = sinkhorn(*single, **options), sinkhorn(x, y, 3 * a, b, **options)
+    for t in (result.value, result.f, result.g, result.marginal_error):
+        assert torch.isfinite(t).all()
+    assert result.converged
+    assert result.value.item() == pytest.approx(exact.value.item(), rel=2e-3)
+    if case == "far":
+        rho, mass_a, mass_b = 0.3 if cost == "euclidean" else 0.09, 3 * a.sum().item(), b.sum().item()
+        assert result.value.item() == pytest.approx(rho * (mass_a + mass_b) + 5e-3 * mass_a * mass_b, rel=1e-3)
+
+
 # Batches
 
 
