@@ -21,6 +21,7 @@ constexpr int64_t kBlockBytes = 128 * 1024;             // of panels
 constexpr int64_t kVectorChunk = 8192;                  // elements of an elementwise loop
 constexpr int64_t kMostStrips = 32;                     // parts of a matrix's rows
 constexpr int64_t kStripColumns = 4096;                 // whose sums stay in the first-level cache
+constexpr int64_t kHeldDims = 64;                       // of a plan's product, whose sums stay on the stack
 constexpr int64_t kLeastCachedDim = 16;                 // from here on reading a cost is cheaper than computing it
 
 template <typename T>
@@ -636,6 +637,8 @@ void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, c
   const Pass<T> pass = make_pass(epsilon, rows, columns, ground);
   const int64_t dim = rows.dim;
   const T scale = pass.scale;
+  Vec<T> sums[kHeldDims][kRows];  // over the lanes' columns: adding up lanes for every block would cost more than it
+  const bool held = width <= kHeldDims;
   interleave(rows.points, begin, end, dim, cost == Cost::sqeuclidean ? 2 * scale : T(1), rows.scratch);
   for (int64_t i = begin; i < end; i += kRows) {
     const int64_t n = least(int64_t{kRows}, end - i);
@@ -646,6 +649,8 @@ void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, c
       row_mass[r] = Vec<T>::zero();
     }
     for (int64_t k = 0; k < n * width; ++k) out[i * width + k] = 0;
+    for (int64_t d = 0; held && d < width; ++d)
+      for (int r = 0; r < kRows; ++r) sums[d][r] = Vec<T>::zero();
     for (int64_t from = 0; from < columns.padded; from += block) {
       const int64_t to = least(from + block, columns.padded);
       T weight[kRows][block];
@@ -684,7 +689,7 @@ void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, c
         Vec<T> total[kRows];
         T x[kRows];
         for (int r = 0; r < kRows; ++r) {
-          total[r] = Vec<T>::zero();
+          total[r] = held ? sums[d][r] : Vec<T>::zero();
           x[r] = derivative && r < n ? rows.points[(i + r) * dim + d] : T(0);
         }
         for (int64_t j = from; j < to; j += size) {
@@ -702,9 +707,14 @@ void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, c
             }
           }
         }
-        for (int64_t r = 0; r < n; ++r) out[(i + r) * width + d] += sum(total[r]);
+        if (held)
+          for (int r = 0; r < kRows; ++r) sums[d][r] = total[r];
+        else
+          for (int64_t r = 0; r < n; ++r) out[(i + r) * width + d] += sum(total[r]);
       }
     }
+    for (int64_t d = 0; held && d < width; ++d)
+      for (int64_t r = 0; r < n; ++r) out[(i + r) * width + d] = sum(sums[d][r]);
     if (mass)
       for (int64_t r = 0; r < n; ++r) mass[i + r] = sum(row_mass[r]);
   }
