@@ -1,8 +1,13 @@
-"""Entropic transport and the Sinkhorn divergence against dense torch loops, stopped at the same marginal error."""
+"""Entropic transport and the Sinkhorn divergence against dense torch loops, stopped at the same marginal error.
+
+POT and GeomLoss take part where they are installed (requirements.txt here), driven to the same error: POT by the number
+of its iterations, GeomLoss by its scaling.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -78,6 +83,46 @@ def announce(benchmark: Any, pairs: float) -> None:
         print(f"\n{benchmark.group}: {rate / 1e9:.2f} Gpair/s")
 
 
+def geomloss_at(tol: float, x: Tensor, y: Tensor, epsilon: float) -> dict[str, Any] | None:
+    """Return GeomLoss's options for |x-y|^2 / 2 with the quickest scaling that reaches the marginal error."""
+    if not find_spec("geomloss"):
+        return None
+    from geomloss import SamplesLoss
+
+    options: dict[str, Any] = {"p": 2, "blur": (epsilon / 2) ** 0.5, "backend": "tensorized"}
+    C = squared_distances(x, y) / 2
+    for scaling in (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998):
+        f, g = (t.flatten() for t in SamplesLoss(scaling=scaling, debias=False, potentials=True, **options)(x, y))
+        if marginal_error(C, f, g, epsilon / 2) <= tol:
+            return options | {"scaling": scaling}
+    return None
+
+
+def pot_at(tol: float, x: Tensor, y: Tensor, epsilon: float) -> Callable[[], Tensor] | None:
+    """Return POT's entropic cost in the log domain, with as many iterations as reach the marginal error."""
+    if not find_spec("ot"):
+        return None
+    import ot
+
+    C = squared_distances(x, y)
+    f, g = C.new_zeros(C.shape[0]), C.new_zeros(C.shape[1])
+    for iterations in range(1, 5000):
+        f, g = alternating(C, f, g, epsilon)
+        if iterations % 10 == 0 and marginal_error(C, f, g, epsilon) <= tol:
+            break
+    else:
+        return None
+    a, b = torch.full_like(f, 1 / len(f)), torch.full_like(g, 1 / len(g))
+
+    def cost() -> Tensor:
+        value: Tensor = ot.sinkhorn2(
+            a, b, ot.dist(x, y), epsilon, method="sinkhorn_log", numItermax=iterations, stopThr=0.0, warn=False
+        )
+        return value
+
+    return cost
+
+
 @pytest.mark.parametrize(("count", "dim"), SHAPES)
 def test_ten_iterations(
     count: int, dim: int, contest: Callable[..., None], benchmark: Any, device: torch.device
@@ -115,9 +160,12 @@ def test_cost_at_equal_marginal_error(
         return f.mean() + g.mean()
 
     assert ours().item() == pytest.approx(dense().item(), rel=1e-3)
+    contestants: dict[str, Callable[[], object]] = {"wgan_ext": ours, "dense torch, alternating": dense}
+    if pot := pot_at(tol, x, y, epsilon):
+        contestants["POT, sinkhorn_log"] = pot
     contest(
         f"entropic cost, marginal error {tol}, epsilon {fraction} of the mean cost, N=M={count}, D={dim}, float32",
-        {"wgan_ext": ours, "dense torch, alternating": dense},
+        contestants,
         iterations=sinkhorn(x, y, epsilon=epsilon, tol=tol, max_iter=10_000).iterations.item(),
         iterations_dense=iterations,
     )
@@ -150,8 +198,64 @@ def test_divergence_and_gradient_at_equal_marginal_error(
 
     for got, want in zip(ours(), dense(), strict=True):
         assert (got - want).norm() <= 0.05 * want.norm()
+    contestants: dict[str, Callable[[], object]] = {"wgan_ext": ours, "dense torch, GeomLoss's loop": dense}
+    if options := geomloss_at(tol, x.detach(), y, epsilon):
+        contestants["GeomLoss"] = geomloss_gradient(x, y, options)
     contest(
         f"Sinkhorn divergence and gradient, marginal error {tol}, N=M={count}, D={dim}, float32",
-        {"wgan_ext": ours, "dense torch, GeomLoss's loop": dense},
+        contestants,
         iterations_dense=iterations,
     )
+
+
+def geomloss_gradient(x: Tensor, y: Tensor, options: dict[str, Any]) -> Callable[[], object]:
+    from geomloss import SamplesLoss
+
+    loss = SamplesLoss(**options)
+
+    def call() -> tuple[Tensor, Tensor]:
+        value = loss(x, y)
+        return value, torch.autograd.grad(value.sum(), x)[0]
+
+    return call
+
+
+@pytest.mark.parametrize(("problems", "count", "dim"), [(1, 64, 2), (64, 64, 2), (64, 256, 16)])
+def test_batch_of_divergences_and_gradient(
+    problems: int, count: int, dim: int, contest: Callable[..., None], device: torch.device
+) -> None:
+    pairs = [clouds(count, dim, device) for _ in range(problems)]
+    x, y = (torch.stack(side) for side in zip(*pairs, strict=True))
+    x.requires_grad_()
+    epsilon, tol = 0.05 * squared_distances(*pairs[0]).mean().item(), 1e-2
+
+    def ours() -> object:
+        value = sinkhorn_divergence(x, y, epsilon=epsilon, tol=tol)
+        return value, torch.autograd.grad(value.sum(), x)[0]
+
+    def dense() -> object:
+        value = x.new_zeros(problems)
+        for p, q, sign in ((x, y, 1.0), (x, x, -0.5), (y, y, -0.5)):
+            C = torch.cdist(p, q).square()
+            with torch.no_grad():
+                f, g = C.new_zeros(C.shape[:2]), C.new_zeros(problems, C.shape[2])
+                for at in islice(schedule(C, epsilon), iterations):
+                    f, g = (f + batch_softmin(C, g, at)) / 2, (g + batch_softmin(C.mT, f, at)) / 2
+            rows = (p[:, :, None] - q[:, None].detach()).square().sum(-1)
+            columns = (q[:, :, None] - p[:, None].detach()).square().sum(-1)
+            sides = batch_softmin(rows, g, epsilon).mean(1), batch_softmin(columns, f, epsilon).mean(1)
+            value = value + sign * (sides[0] + sides[1])
+        return value, torch.autograd.grad(value.sum(), x)[0]
+
+    iterations = iterations_to(tol, squared_distances(*pairs[0]), epsilon, averaged)
+    contestants: dict[str, Callable[[], object]] = {"wgan_ext": ours, "dense torch, GeomLoss's loop": dense}
+    if options := geomloss_at(tol, *pairs[0], epsilon):
+        contestants["GeomLoss"] = geomloss_gradient(x, y, options)
+    contest(
+        f"{problems} Sinkhorn divergences and gradient, marginal error {tol}, N=M={count}, D={dim}, float32",
+        contestants,
+    )
+
+
+def batch_softmin(C: Tensor, potential: Tensor, epsilon: float) -> Tensor:
+    return -epsilon * (((potential[:, None] - C) / epsilon).logsumexp(2) - torch.tensor(float(C.shape[2])).log())

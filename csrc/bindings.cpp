@@ -69,10 +69,14 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("spectral_norm_fold_(Tensor(c) weight, Tensor(a!) u, Tensor(b!) v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor(c) weight, Tensor sigma)");
   m.def("spectral_norm_(Tensor weight, Tensor(a!) u, Tensor(b!) v, int dim, int n_power_iterations, float eps, bool v_first, float target, bool shrink_only) -> Tensor");
   // sinkhorn
-  m.def("sinkhorn(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
-  m.def("sinkhorn_divergence(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation) -> (Tensor value, Tensor f, Tensor g, Tensor self_x, Tensor self_y, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
-  m.def("sinkhorn_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost) -> Tensor");
-  m.def("sinkhorn_weight_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, str cost) -> Tensor");
+  m.def("sinkhorn(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
+  m.def("sinkhorn_divergence(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit) -> (Tensor value, Tensor f, Tensor g, Tensor self_x, Tensor self_y, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
+  m.def("sinkhorn_matrix(Tensor C, Tensor? a, Tensor? b, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
+  m.def("sinkhorn_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> Tensor");
+  m.def("sinkhorn_weight_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> Tensor");
+  m.def("sinkhorn_matrix_gradient(Tensor C, Tensor? a, Tensor? b, Tensor f, Tensor g, Tensor epsilon) -> Tensor");
+  m.def("sinkhorn_transport(Tensor values, Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> Tensor");
+  m.def("sinkhorn_softmin(Tensor x, Tensor y, Tensor? b, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
   // clang-format on
 }
 
@@ -103,15 +107,22 @@ PYBIND11_MODULE(_C, m) {
   // sinkhorn
   using OptionalTensor = const std::optional<Tensor>&;
   using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-  Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, std::optional<double>,
-                 std::optional<double>, double, int64_t, std::optional<double>, OptionalTensor,
-                 OptionalTensor)>::bind(m, "sinkhorn");
-  Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, std::optional<double>,
-                 std::optional<double>, double, int64_t, std::optional<double>)>::bind(m, "sinkhorn_divergence");
-  Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&, const Tensor&,
-               const Tensor&, std::string_view)>::bind(m, "sinkhorn_gradient");
-  Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&, std::string_view)>::bind(
-      m, "sinkhorn_weight_gradient");
+  using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using OptionalNumber = std::optional<double>;
+  Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, double, OptionalNumber,
+                 OptionalNumber, OptionalNumber, OptionalNumber, double, int64_t, OptionalNumber, int64_t,
+                 OptionalTensor, OptionalTensor)>::bind(m, "sinkhorn");
+  Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, double, OptionalNumber,
+                 OptionalNumber, OptionalNumber, OptionalNumber, double, int64_t, OptionalNumber,
+                 int64_t)>::bind(m, "sinkhorn_divergence");
+  Entry<Tensors7(const Tensor&, OptionalTensor, OptionalTensor, OptionalNumber, OptionalNumber, OptionalNumber,
+                 OptionalNumber, double, int64_t, OptionalNumber, OptionalTensor,
+                 OptionalTensor)>::bind(m, "sinkhorn_matrix");
+  Entry<Tensor(const Tensor&, const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&,
+               const Tensor&, const Tensor&, std::string_view, double, OptionalNumber,
+               OptionalNumber)>::bind(m, "sinkhorn_transport");
+  Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, const Tensor&, const Tensor&, std::string_view,
+               double)>::bind(m, "sinkhorn_softmin");
 
   // memory
   m.def("empty_cache", &wgan_ext::empty_cache);

@@ -60,7 +60,7 @@ def of_transport() -> list[Row]:
         (lambda f: f(X, META), ValueError, r"y must be on the device of x \(cpu\), got meta"),
         (lambda f: f(X, X, a=5), TypeError, "a must be a tensor, got int"),
         (lambda f: f(X, X, b=WEIGHTS.to("meta")), ValueError, r"b must be on the device of x \(cpu\), got meta"),
-        (lambda f: f(X[:, 0], X), ValueError, r"x must be points of shape \(count, dim\), .*, got \[4\]"),
+        (lambda f: f(X[:, 0], X), ValueError, r"x must be points of shape \(count, dim\) or \(batch, .*, got \[4\]"),
         (lambda f: f(X[:0], X), ValueError, r"x must be points .* at least one of each, got \[0, 3\]"),
         (lambda f: f(X, X[:0]), ValueError, r"y must be points .* at least one of each, got \[0, 3\]"),
         (lambda f: f(X, X[:, :2]), ValueError, r"y must have the dimension of x \(3\), got 2"),
@@ -81,7 +81,14 @@ def of_transport() -> list[Row]:
         (lambda f: f(X, X, max_iter=1.5), TypeError, "max_iter must be an integer, got float"),
         (lambda f: f(X, X, relaxation=2.0), ValueError, r'relaxation must be "auto" or in \[1, 2\), got 2'),
         (lambda f: f(X, X, relaxation="b"), ValueError, r"relaxation must be \"auto\" or in \[1, 2\), got 'b'"),
-        (lambda f: f(X, X, cost="l1"), ValueError, 'cost must be "sqeuclidean" or "euclidean", got "l1"'),
+        (lambda f: f(X, X, cost="l2"), ValueError, r"cost must be one of \"sqeuclidean\", .*distance, got 'l2'"),
+        (lambda f: f(X, X, cost=0.0), ValueError, "cost as a power of the distance must be positive .*, got 0.0"),
+        (lambda f: f(X, X[None]), ValueError, r"y must have the batch of x, whose shape is \[4, 3\], got \[1, 4, 3\]"),
+        (lambda f: f(X, X, reach=-1.0), ValueError, "reach must be positive and finite, or None, got -1.0"),
+        (lambda f: f(X, X, reach="a"), TypeError, "reach must be a number, got str"),
+        (lambda f: f(X, X, reach=(1.0,)), ValueError, "reach must be a number or a pair, got 1 values"),
+        (lambda f: f(X, X, memory_limit=-1), ValueError, "memory_limit must not be negative, got -1"),
+        (lambda f: f(X, X, memory_limit=1e9), TypeError, "memory_limit must be an integer, got float"),
     ]
 
 
@@ -414,7 +421,35 @@ ROWS: dict[str, list[Row]] = {
         (lambda f: f(X, X, init=(WEIGHTS, None)), TypeError, "init g must be a tensor, got NoneType"),
         (lambda f: f(X, X, init=(WEIGHTS, WEIGHTS[:3])), ValueError, r"init g must have shape \[4\], got \[3\]"),
     ],
-    "sinkhorn_divergence": of_transport(),
+    "sinkhorn_divergence": [
+        *of_transport(),
+        (lambda f: f(X, X, cost=torch.cdist), ValueError, "a cost given by a function needs an epsilon"),
+    ],
+    "SamplesLoss": [
+        (lambda f: f("energy"), NotImplementedError, 'loss must be "sinkhorn", without a kernel, got .energy.'),
+        (lambda f: f(5), TypeError, "loss must be a string, got int"),
+        (lambda f: f(p=3), ValueError, "p must be 1 or 2, got 3"),
+        (lambda f: f(blur=0.0), ValueError, "blur must be positive, got 0.0"),
+        (lambda f: f(blur=None), TypeError, "blur must be a number, got NoneType"),
+        (lambda f: f(reach=-1), ValueError, "reach must be positive, got -1"),
+        (lambda f: f(scaling=1.0), ValueError, r"scaling must be in \(0, 1\), got 1.0"),
+        (lambda f: f(cost="SqDist(X,Y)"), NotImplementedError, "cost must be a function of x and y"),
+        (lambda f: f()(X), ValueError, r"arguments must be \(x, y\), .*, got 1"),
+        (lambda f: f()(X, 5), TypeError, "y must be a tensor, got int"),
+    ],
+    "sinkhorn_matrix": [
+        (lambda f: f(5), TypeError, "C must be a tensor, got int"),
+        (lambda f: f(X.int()), TypeError, "C must be a floating-point tensor, got torch.int32"),
+        (lambda f: f(X[0]), ValueError, r"C must be costs of shape \(N, M\) or \(batch, N, M\), .*, got \[3\]"),
+        (lambda f: f(X[:0]), ValueError, r"C must be costs .* at least one of each, got \[0, 3\]"),
+        (lambda f: f(INFINITE), ValueError, "C must be finite"),
+        (lambda f: f(X, a=WEIGHTS[:3]), ValueError, r"a must have shape \[4\], got \[3\]"),
+        (lambda f: f(X, b=WEIGHTS), ValueError, r"b must have shape \[3\], got \[4\]"),
+        (lambda f: f(X, a=WEIGHTS.to("meta")), ValueError, r"a must be on the device of C \(cpu\), got meta"),
+        (lambda f: f(X, a=4 * WEIGHTS), ValueError, "a and b must have the same sum .*, got 4 and 1"),
+        (lambda f: f(X, tol=-1.0), ValueError, "tol must be finite and not negative, got -1"),
+        (lambda f: f(X, init=(WEIGHTS, WEIGHTS)), ValueError, r"init g must have shape \[3\], got \[4\]"),
+    ],
 }
 
 

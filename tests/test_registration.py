@@ -150,32 +150,69 @@ def sinkhorn_points(device: torch.device) -> tuple[torch.Tensor, ...]:
 
 def sinkhorn_samples(device: torch.device) -> list[tuple[Any, ...]]:
     x, y, a, b = sinkhorn_points(device)
-    options = (0.3, 0.5, 1e-3, 200, None)
+    options = (0.3, 0.5, 1e-3, 200, None, 0)
+    batch = [t.detach().expand(2, *t.shape) for t in (x, y, a, b)]
+    zeros = torch.zeros(7, device=device), torch.zeros(5, device=device)
     return [
-        (x, y, a, b, "sqeuclidean", *options, None, None),
-        (x, y, None, None, "euclidean", *options, torch.zeros(7, device=device), torch.zeros(5, device=device)),
+        (x, y, a, b, "sqeuclidean", 2.0, None, None, *options, None, None),
+        (x, y, None, None, "euclidean", 1.0, None, None, *options, *zeros),
+        (x, y, a, 2 * b, "power", 1.5, 1.0, 2.0, *options, None, None),
+        (*batch, "l1", 1.0, None, None, *options, None, None),
     ]
 
 
 def sinkhorn_divergence_samples(device: torch.device) -> list[tuple[Any, ...]]:
-    return [sample[:10] for sample in sinkhorn_samples(device)]
+    return [sample[:14] for sample in sinkhorn_samples(device)]
+
+
+def sinkhorn_matrix_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, a, b = sinkhorn_points(device)
+    C = torch.cdist(x.detach(), y.detach()).requires_grad_()
+    options = (0.3, 0.5, 1e-3, 200, None, None, None)
+    return [(C, a, b, None, None, *options), (C.detach().expand(2, 7, 5), None, None, 1.0, None, *options)]
+
+
+def sinkhorn_held(device: torch.device) -> tuple[Any, ...]:
+    """Return points, weights, potentials, epsilon."""
+    x, y, a, b = (t.detach() for t in sinkhorn_points(device))
+    return x, y, a, b, torch.zeros_like(a), torch.zeros_like(b), torch.tensor(0.3, dtype=torch.float64, device=device)
+
+
+TERMS = ("sqeuclidean", 2.0, None, None)
 
 
 def sinkhorn_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
-    x, y, a, b = (t.detach() for t in sinkhorn_points(device))
-    epsilon = torch.tensor(0.3, dtype=torch.float64, device=device)
-    return [(x, y, a, b, torch.zeros_like(a), torch.zeros_like(b), epsilon, "sqeuclidean")]
+    return [(*sinkhorn_held(device), *TERMS)]
 
 
 def sinkhorn_weight_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
-    x, y, a, b = (t.detach() for t in sinkhorn_points(device))
-    return [(x, y, a, b, torch.zeros_like(a), "sqeuclidean")]
+    x, y, a, b, f, _, epsilon = sinkhorn_held(device)
+    return [(x, y, a, b, f, epsilon, *TERMS), (x, y, a, b, f, epsilon, "euclidean", 1.0, 1.0, None)]
+
+
+def sinkhorn_matrix_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, *rest = sinkhorn_held(device)
+    return [(torch.cdist(x, y), *rest)]
+
+
+def sinkhorn_transport_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    values = torch.rand(5, 3, device=device, requires_grad=True)
+    return [(values, *sinkhorn_held(device), *TERMS)]
+
+
+def sinkhorn_softmin_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, _, b, _, g, epsilon = sinkhorn_held(device)
+    return [(x.requires_grad_(), y, b, g, epsilon, "sqeuclidean", 2.0)]
 
 
 SAMPLES["sinkhorn"] = sinkhorn_samples
 SAMPLES["sinkhorn_divergence"] = sinkhorn_divergence_samples
+SAMPLES["sinkhorn_matrix"] = sinkhorn_matrix_samples
 SAMPLES["sinkhorn_gradient"] = sinkhorn_gradient_samples
 SAMPLES["sinkhorn_weight_gradient"] = sinkhorn_weight_gradient_samples
+SAMPLES["sinkhorn_matrix_gradient"] = sinkhorn_matrix_gradient_samples
+SAMPLES["sinkhorn_transport"] = sinkhorn_transport_samples
+SAMPLES["sinkhorn_softmin"] = sinkhorn_softmin_samples
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))

@@ -96,11 +96,15 @@ def sinkhorn(
     a: Tensor | None,
     b: Tensor | None,
     cost: str,
+    power: float,
+    rho_x: float | None,
+    rho_y: float | None,
     epsilon: float | None,
     scaling: float | None,
     tol: float,
     max_iter: int,
     relaxation: float | None,
+    memory_limit: int,
     f: Tensor | None,
     g: Tensor | None,
 ) -> tuple[Tensor, ...]: ...
@@ -110,17 +114,46 @@ def sinkhorn_divergence(
     a: Tensor | None,
     b: Tensor | None,
     cost: str,
+    power: float,
+    rho_x: float | None,
+    rho_y: float | None,
     epsilon: float | None,
     scaling: float | None,
     tol: float,
     max_iter: int,
     relaxation: float | None,
+    memory_limit: int,
 ) -> tuple[Tensor, ...]: ...
-def sinkhorn_gradient(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, g: Tensor, epsilon: Tensor, cost: str
+def sinkhorn_matrix(
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    rho_x: float | None,
+    rho_y: float | None,
+    epsilon: float | None,
+    scaling: float | None,
+    tol: float,
+    max_iter: int,
+    relaxation: float | None,
+    f: Tensor | None,
+    g: Tensor | None,
+) -> tuple[Tensor, ...]: ...
+def sinkhorn_transport(
+    values: Tensor,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    f: Tensor,
+    g: Tensor,
+    epsilon: Tensor,
+    cost: str,
+    power: float,
+    rho_x: float | None,
+    rho_y: float | None,
 ) -> Tensor: ...
-def sinkhorn_weight_gradient(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, cost: str
+def sinkhorn_softmin(
+    x: Tensor, y: Tensor, b: Tensor | None, g: Tensor, epsilon: Tensor, cost: str, power: float
 ) -> Tensor: ...
 
 # memory

@@ -21,9 +21,11 @@ from .losses import clip_weights_, critic_loss, gan_critic_loss, gan_generator_l
 from .memory import empty_cache
 from .norms import operator_norm, singular_values
 from .penalty import GradientPenalty, gradient_penalty
-from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence
+from .samples_loss import SamplesLoss
+from .sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence, sinkhorn_matrix
 from .spectral import remove_spectral_norm, spectral_norm
 from .spectral_group import converge_spectral_norm_, fuse_spectral_norm_
+from .transport import TransportPlan
 from .wgan_gp import CriticLoss, CriticLossParts, wgan_gp_loss
 
 __version__ = "0.1.0"
@@ -37,8 +39,10 @@ __all__ = [
     "LayerNorms",
     "LayerPlan",
     "LipschitzBound",
+    "SamplesLoss",
     "SinkhornResult",
     "SpectralReport",
+    "TransportPlan",
     "build_info",
     "clip_weights_",
     "converge_spectral_norm_",
@@ -60,6 +64,7 @@ __all__ = [
     "singular_values",
     "sinkhorn",
     "sinkhorn_divergence",
+    "sinkhorn_matrix",
     "spectral_norm",
     "spectral_report",
     "wasserstein_1d",

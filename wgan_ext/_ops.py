@@ -157,6 +157,9 @@ def _(grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, *rest: Any
 # sinkhorn
 sinkhorn = _operator("sinkhorn")
 sinkhorn_divergence = _operator("sinkhorn_divergence")
+sinkhorn_matrix = _operator("sinkhorn_matrix")
+sinkhorn_transport = _operator("sinkhorn_transport")
+sinkhorn_softmin = _operator("sinkhorn_softmin")
 
 
 def _sinkhorn_type(x: Tensor) -> torch.dtype:
@@ -165,35 +168,82 @@ def _sinkhorn_type(x: Tensor) -> torch.dtype:
 
 
 @_register_fake("wgan_ext::sinkhorn")
-def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    value = x.new_empty((), dtype=_sinkhorn_type(x))
-    f, g = value.new_empty(x.shape[0]), value.new_empty(y.shape[0])
-    return (value, f, g, f.clone(), g.clone(), *_sinkhorn_facts(value))
-
-
 @_register_fake("wgan_ext::sinkhorn_divergence")
 def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    value = x.new_empty((), dtype=_sinkhorn_type(x))
-    f, g = value.new_empty(x.shape[0]), value.new_empty(y.shape[0])
+    value = x.new_empty(x.shape[:-2], dtype=_sinkhorn_type(x))
+    f, g = value.new_empty(x.shape[:-1]), value.new_empty(y.shape[:-1])
     return (value, f, g, f.clone(), g.clone(), *_sinkhorn_facts(value))
+
+
+@_register_fake("wgan_ext::sinkhorn_matrix")
+def _(C: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    value = C.new_empty(C.shape[:-2], dtype=_sinkhorn_type(C))
+    f, g = value.new_empty(C.shape[:-1]), value.new_empty(*C.shape[:-2], C.shape[-1])
+    return (value, f, g, *_sinkhorn_facts(value))
 
 
 def _sinkhorn_facts(value: Tensor) -> tuple[Tensor, ...]:
     """Marginal error, iterations, converged, epsilon."""
     dtypes = (value.dtype, torch.int64, torch.bool, torch.float64)
-    return tuple(value.new_empty((), dtype=dtype) for dtype in dtypes)
+    return tuple(value.new_empty(value.shape, dtype=dtype) for dtype in dtypes)
 
 
 @_register_fake("wgan_ext::sinkhorn_gradient")
-def _(x: Tensor, y: Tensor, *rest: Any) -> Tensor:
+@_register_fake("wgan_ext::sinkhorn_matrix_gradient")
+def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @_register_fake("wgan_ext::sinkhorn_weight_gradient")
-def _(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, cost: str) -> Tensor:
+def _(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, *terms: Any) -> Tensor:
     return torch.empty_like(f)
 
 
-for _name in ("sinkhorn", "sinkhorn_divergence"):
+@_register_fake("wgan_ext::sinkhorn_transport")
+def _(values: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return values.new_empty(*x.shape[:-1], values.shape[-1])
+
+
+@_register_fake("wgan_ext::sinkhorn_softmin")
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=_sinkhorn_type(x))
+
+
+for _name in ("sinkhorn", "sinkhorn_divergence", "sinkhorn_matrix", "sinkhorn_transport", "sinkhorn_softmin"):
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(f"wgan_ext::{_name}", _device, torch.float32)
+
+
+def _sinkhorn_vmap(operator: Any, tensors: tuple[int, ...], dims: tuple[int, ...]) -> Callable[..., Any]:
+    """Return the rule of an operator that solves a batch: the mapped dimension becomes the batch, or part of it.
+
+    ``tensors`` are the places of the operator's tensors, ``dims`` their dimensions without a batch.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size, moved, batch = info.batch_size, list(args), None
+        for place, dim in zip(tensors, dims, strict=True):
+            t = args[place]
+            if t is None:
+                continue
+            at = in_dims[place]
+            t = t.expand(size, *t.shape) if at is None else t.movedim(at, 0)
+            if t.dim() == dim + 2:
+                batch = t.shape[1]
+                t = t.flatten(0, 1)
+            moved[place] = t
+        result = operator(*moved)
+        if batch is not None:
+            result = tuple(t.unflatten(0, (size, batch)) for t in result)
+        return result, tuple(0 for _ in result)
+
+    return rule
+
+
+for _name, _tensors, _dims in (
+    ("sinkhorn", (0, 1, 2, 3, 14, 15), (2, 2, 1, 1, 1, 1)),
+    ("sinkhorn_divergence", (0, 1, 2, 3), (2, 2, 1, 1)),
+    ("sinkhorn_matrix", (0, 1, 2, 10, 11), (2, 1, 1, 1, 1)),
+):
+    _rule = _sinkhorn_vmap(getattr(torch.ops.wgan_ext, _name).default, _tensors, _dims)
+    torch.library.register_vmap(f"wgan_ext::{_name}", _rule)

@@ -22,6 +22,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def refuse_derivatives(op: str) -> None:
+    """Raise NotImplementedError under a transform that differentiates; vmap is none."""
+    kinds = torch._C._functorch.TransformType
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if forward_ad._current_level >= 0 or any(level.key() in (kinds.Grad, kinds.Jvp) for level in stack):
+        raise NotImplementedError(
+            f"{op}: torch.func's grad, vjp, jvp and forward-mode differentiation are not implemented; take "
+            "torch.autograd.grad or backward"
+        )
+
+
 def engine_under_transforms(op: str, engine: _Engine) -> _Engine:
     """The engine to take for the one asked for: autograd under a transform, where the analytic one is refused."""
     if engine == "autograd" or not transformed():

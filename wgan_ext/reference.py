@@ -5,6 +5,7 @@ Tests and benchmarks call it; the library never does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -309,46 +310,97 @@ def spectral_norm(
 # sinkhorn
 
 
-def transport_cost_matrix(x: Tensor, y: Tensor, cost: str = "sqeuclidean") -> Tensor:
-    """Return C, shape (N, M): |x_i - y_j|^2 or |x_i - y_j|, by differences; the latter's derivative is 0 at 0."""
-    squares = (x[:, None] - y[None]).square().sum(-1)
-    if cost == "sqeuclidean":
-        return squares
+def transport_cost_matrix(x: Tensor, y: Tensor, cost: str | float = "sqeuclidean") -> Tensor:
+    """Return C, shape (N, M), by differences; the derivative of a distance is 0 at 0. A number is a power of it."""
+    differences = x[:, None] - y[None]
+    squares = differences.square().sum(-1)
+    match cost:
+        case "sqeuclidean":
+            return squares
+        case "half_sqeuclidean":
+            return squares / 2
+        case "l1":
+            return differences.abs().sum(-1)
+        case "dot":
+            return -(x @ y.T)
+        case "cosine":
+            return 1 - torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(y, dim=1).T
     positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0)
+    power = 1.0 if isinstance(cost, str) else cost
+    return torch.where(positive, torch.where(positive, squares, 1) ** (power / 2), 0)
 
 
 def sinkhorn_potentials(
-    C: Tensor, a: Tensor, b: Tensor, epsilon: float, tol: float = 1e-12, max_iter: int = 100_000
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: float,
+    tol: float = 1e-12,
+    max_iter: int = 100_000,
+    rho: tuple[float, float] = (math.inf, math.inf),
 ) -> tuple[Tensor, Tensor]:
-    """Return f (N,) and g (M,) of entropic transport by plain alternating updates (Cuturi 2013), in the log domain."""
+    """Return f (N,) and g (M,) of entropic transport by plain alternating updates (Cuturi 2013), in the log domain.
+
+    The marginals' penalties are rho KL(P 1 | a) and rho KL(P^T 1 | b) (Chizat et al. 2018); infinite: they are kept.
+    """
     f, g = torch.zeros_like(a), torch.zeros_like(b)
+    damping = [1 / (1 + epsilon / r) for r in rho]
     for _ in range(max_iter):
         softmin = -epsilon * torch.logsumexp((g - C) / epsilon + b.log(), 1)
-        error = (a * (((f - softmin) / epsilon).exp() - 1).abs()).sum()
-        f = softmin
-        g = -epsilon * torch.logsumexp((f[:, None] - C) / epsilon + a.log()[:, None], 0)
+        error = (a * (((f - softmin) / epsilon).exp() - (-f / rho[0]).exp()).abs()).sum()
+        f = damping[0] * softmin
+        g = -damping[1] * epsilon * torch.logsumexp((f[:, None] - C) / epsilon + a.log()[:, None], 0)
         if error < tol:
             return f, g
     raise RuntimeError(f"sinkhorn_potentials: marginal error {error} > {tol} after {max_iter} iterations")
 
 
-def transport_dual(C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
-    """Return <a, f> + <b, g> - epsilon (sum of the plan - sum of a x b), shape ()."""
+def transport_dual(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    epsilon: float,
+    rho: tuple[float, float] = (math.inf, math.inf),
+) -> Tensor:
+    """Return <a, F> + <b, G> - epsilon (sum of the plan - sum of a x b), shape ().
+
+    F is f, or rho (1 - exp(-f / rho)) for a penalised marginal, and G likewise.
+    """
     plan = torch.outer(a, b) * ((f[:, None] + g - C) / epsilon).exp()
-    return (a * f).sum() + (b * g).sum() - epsilon * (plan.sum() - a.sum() * b.sum())
+    F, G = (h if math.isinf(r) else r * (1 - (-h / r).exp()) for h, r in zip((f, g), rho, strict=True))
+    return (a * F).sum() + (b * G).sum() - epsilon * (plan.sum() - a.sum() * b.sum())
 
 
-def sinkhorn(x: Tensor, y: Tensor, a: Tensor, b: Tensor, epsilon: float, cost: str = "sqeuclidean") -> Tensor:
+def sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: float,
+    cost: str | float = "sqeuclidean",
+    rho: tuple[float, float] = (math.inf, math.inf),
+) -> Tensor:
     """Return min over plans P of <P, C> + epsilon KL(P | a x b), shape (); its derivative is the envelope's."""
     C = transport_cost_matrix(x, y, cost)
-    f, g = sinkhorn_potentials(C.detach(), a.detach(), b.detach(), epsilon)
-    return transport_dual(C, a, b, f, g, epsilon)
+    f, g = sinkhorn_potentials(C.detach(), a.detach(), b.detach(), epsilon, rho=rho)
+    return transport_dual(C, a, b, f, g, epsilon, rho)
 
 
 def sinkhorn_divergence(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, epsilon: float, cost: str = "sqeuclidean"
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: float,
+    cost: str | float = "sqeuclidean",
+    rho: tuple[float, float] = (math.inf, math.inf),
 ) -> Tensor:
-    """Return OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 (Feydy et al. 2019), shape ()."""
-    cross = sinkhorn(x, y, a, b, epsilon, cost)
-    return cross - (sinkhorn(x, x, a, a, epsilon, cost) + sinkhorn(y, y, b, b, epsilon, cost)) / 2
+    """Return OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 + epsilon / 2 (sum of a - sum of b)^2, shape ().
+
+    Feydy et al. 2019; the last term of unbalanced problems is Sejourne et al.'s (2019).
+    """
+    cross = sinkhorn(x, y, a, b, epsilon, cost, rho)
+    selves = [sinkhorn(p, p, w, w, epsilon, cost, (r, r)) for p, w, r in ((x, a, rho[0]), (y, b, rho[1]))]
+    return cross - (selves[0] + selves[1]) / 2 + epsilon / 2 * (a.sum() - b.sum()) ** 2

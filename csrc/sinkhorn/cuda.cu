@@ -5,6 +5,7 @@
 // one thread a row adds the ranges, does again (the whole block) rows that left the range of T, writes the softmin and
 // sums what the controller asks. The controller is one thread on the device; every kernel returns at once when the
 // solve is done, so the host only enqueues, and looks at a flag copied to pinned memory one batch of iterations ago.
+// The third dimension of every grid counts the problems of a batch.
 // Tiles and ranges depend on shape alone and sums have a fixed order: results are deterministic.
 #include "../cuda/reduce.cuh"
 #include "kernels.h"
@@ -18,6 +19,7 @@ using device::kWarp;
 
 constexpr int kThreads = 256, kSide = 16;  // a block is 16 x 16 threads
 constexpr int kDepth = 32;                 // dimensions in shared memory at a time
+constexpr int kBlocksPerSm = 2;            // of the heavy kernels: 128 registers a thread
 constexpr int64_t kWantedBlocks = 512;     // ranges are cut until there are about so many
 constexpr int64_t kMostBlocks = 4096;      // of an elementwise loop
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
@@ -59,15 +61,15 @@ int64_t ranges(int64_t row_count, int64_t column_count) {
 
 // Each range's sum and maximum for each row.
 template <typename T>
-int64_t scratch_size(int64_t count, int64_t, int64_t other_count) {
+int64_t scratch_size(int64_t count, int64_t, int64_t other_count, Cost) {
   return 2 * ranges<T>(count, other_count) * padded<T>(count);
 }
 
-int64_t sums_size(int64_t count, int64_t, int64_t) { return ceil_div(count, kThreads); }
+int64_t sums_size(int64_t count, int64_t, int64_t, Cost) { return ceil_div(count, kThreads); }
 
-unsigned elementwise_blocks(int64_t count) {
+dim3 elementwise_grid(int64_t count, int64_t problems) {
   const int64_t blocks = ceil_div(count, kThreads);
-  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
+  return dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), 1, static_cast<unsigned>(problems));
 }
 
 __device__ inline int64_t first_element() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
@@ -99,9 +101,49 @@ struct Scaled {
   }
 };
 
+// x^(power / 2) for x >= 0.
+template <typename T>
+__device__ T half_power(T x, T p) {
+  return x > 0 ? power(p / 2 * logarithm(x)) : T(0);
+}
+
+// Adds one dimension to what a pair's cost is made of.
+template <Cost cost, typename T>
+__device__ void accumulate(T& s, T x, T y) {
+  if (cost == Cost::sqeuclidean) {
+    s += x * y;
+  } else {
+    const T z = x - y;
+    s += cost == Cost::manhattan ? magnitude(z) : z * z;
+  }
+}
+
+// The cost of that sum; for the squared cost -2 x.y.
+template <Cost cost, typename T>
+__device__ T cost_of(T s, T p) {
+  if (cost == Cost::sqeuclidean) return -2 * s;
+  if (cost == Cost::euclidean) return root(s);
+  if (cost == Cost::power) return half_power(s, p);
+  return s;
+}
+
+// The problem's own matrix.
+template <typename T>
+__device__ const T* matrix_of(const Ground<T>& ground, const Cloud<T>& rows, const Cloud<T>& columns) {
+  return ground.matrix + int64_t{blockIdx.z} * rows.count * columns.count;
+}
+
+// Where the cost of row i and column j lies in it.
+template <typename T>
+__device__ int64_t place(const Ground<T>& ground, const Cloud<T>& rows, const Cloud<T>& columns, int64_t i, int64_t j) {
+  return ground.transposed ? j * rows.count + i : i * columns.count + j;
+}
+
 template <typename T>
 __global__ void pack_kernel(const T* points, int64_t count, int64_t dim, int64_t size, T* columns) {
   const int64_t width = padded_dim<T>(dim);
+  points += int64_t{blockIdx.z} * count * dim;
+  columns += int64_t{blockIdx.z} * size;
   for (int64_t k = first_element(); k < size; k += stride()) {
     const int64_t i = k / width, d = k % width;
     columns[k] = i < count && d < dim ? points[i * dim + d] : T(0);
@@ -112,6 +154,7 @@ __global__ void pack_kernel(const T* points, int64_t count, int64_t dim, int64_t
 template <typename T, int count>
 __device__ void load_tile(const T* points, int64_t width, int64_t from, T scale, T (&tile)[kDepth][count]) {
   constexpr int size = Quad<T>::size;
+#pragma unroll 2
   for (int k = threadIdx.x; k < count * (kDepth / size); k += kThreads) {
     const int point = k % count, d = k / count * size;
     Quad<T> quad{};
@@ -127,25 +170,26 @@ struct Shared {
 };
 
 template <typename T, Cost cost, bool safe>
-__device__ void pass_range(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim,
-                           int64_t first_tile, int64_t last_tile, T* totals, T* maxima, Shared<T>& shared) {
+__device__ void pass_range(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns,
+                           const Ground<T>& ground, int64_t first_tile, int64_t last_tile, Shared<T>& shared) {
   using Shape = Tile<T>;
   constexpr int size = Quad<T>::size, R = Shape::rows_each, C = Shape::columns_each;
-  const int64_t width = padded_dim<T>(dim);
+  const int64_t width = cost == Cost::matrix ? 0 : padded_dim<T>(rows.dim);
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const T scale = T(kLog2e / control.epsilon), row_scale = cost == Cost::sqeuclidean ? 2 * scale : T(1);
   const int64_t row_begin = int64_t{blockIdx.x} * Shape::rows;
   const T* row_points = rows.columns + row_begin * width;
+  const T* matrix = cost == Cost::matrix ? matrix_of(ground, rows, columns) : nullptr;
 
-  int64_t row[R];
+  const auto row = [&](int r) { return row_begin + (r / size * kSide + ty) * size + r % size; };
   T shift[R];
   Scaled<T> sum[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    row[r] = row_begin + (r / size * kSide + ty) * size + r % size;
-    shift[r] = row[r] < rows.count ? scale * (rows.softmin[row[r]] - rows.squares[row[r]]) : T(0);
+    const int64_t i = row(r);
+    shift[r] = i < rows.count ? scale * (rows.softmin[i] - rows.squares[i]) : T(0);
   }
-  if (width <= kDepth) load_tile<T, Shape::rows>(row_points, width, 0, row_scale, shared.rows);
+  if (cost != Cost::matrix && width <= kDepth) load_tile<T, Shape::rows>(row_points, width, 0, row_scale, shared.rows);
 
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const int64_t column_begin = tile * Shape::columns;
@@ -171,21 +215,25 @@ __device__ void pass_range(const Control& control, const Cloud<T>& rows, const C
 #pragma unroll
           for (int c = 0; c < C; ++c) {
             const T xr = x[r / size].value[r % size];
-            if (cost == Cost::sqeuclidean) {
-              s[r][c] += xr * y.value[c];
-            } else {
-              const T z = xr - y.value[c];
-              s[r][c] += z * z;
-            }
+            accumulate<cost>(s[r][c], xr, y.value[c]);
           }
       }
       __syncthreads();
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      if (cost == Cost::euclidean) {
+      if (cost != Cost::sqeuclidean) {
 #pragma unroll
-        for (int c = 0; c < C; ++c) s[r][c] = bias.value[c] + shift[r] - scale * root(s[r][c]);
+        for (int c = 0; c < C; ++c) {
+          T pair = 0;
+          if (cost != Cost::matrix) {
+            pair = cost_of<cost>(s[r][c], ground.power);
+          } else {
+            const int64_t j = column_begin + tx * C + c;
+            if (row(r) < rows.count && j < columns.count) pair = matrix[place(ground, rows, columns, row(r), j)];
+          }
+          s[r][c] = bias.value[c] + shift[r] - scale * pair;
+        }
       }
       if (safe) {
         T most = s[r][0], total = 0;
@@ -211,44 +259,47 @@ __device__ void pass_range(const Control& control, const Cloud<T>& rows, const C
         sum[r].total += total;
       }
     }
-    if (tx == 0 && row[r] < rows.count) {
-      totals[row[r]] = sum[r].total;
-      if (safe) maxima[row[r]] = sum[r].most;
+    if (tx == 0 && row(r) < rows.count) {
+      T* mine = rows.scratch + blockIdx.y * rows.padded + row(r);
+      *mine = sum[r].total;
+      if (safe) mine[gridDim.y * rows.padded] = sum[r].most;
     }
   }
 }
 
 template <typename T, Cost cost>
-__global__ void __launch_bounds__(kThreads)
-    pass_kernel(const Control* control, Cloud<T> rows, Cloud<T> columns, int64_t dim, int64_t padded_rows) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    pass_kernel(const Control* controls, Cloud<T> all_rows, Cloud<T> all_columns, Ground<T> ground) {
+  const Control* control = controls + blockIdx.z;
   if (control->done) return;
+  const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
   __shared__ Shared<T> shared;
   const int64_t tiles = ceil_div(columns.count, Tile<T>::columns), ranges = gridDim.y, range = blockIdx.y;
   const int64_t first = tiles * range / ranges, last = tiles * (range + 1) / ranges;
-  T* totals = rows.scratch + range * padded_rows;
-  T* maxima = rows.scratch + (ranges + range) * padded_rows;
   if (control->safe)
-    pass_range<T, cost, true>(*control, rows, columns, dim, first, last, totals, maxima, shared);
+    pass_range<T, cost, true>(*control, rows, columns, ground, first, last, shared);
   else
-    pass_range<T, cost, false>(*control, rows, columns, dim, first, last, totals, maxima, shared);
+    pass_range<T, cost, false>(*control, rows, columns, ground, first, last, shared);
 }
 
 // log2 of one row's sum, by the whole block, with a running maximum.
 template <typename T, Cost cost>
-__device__ T redo_row(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, int64_t i,
-                      T* scratch) {
-  const int64_t width = padded_dim<T>(dim);
+__device__ T redo_row(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground,
+                      int64_t i, T* scratch) {
+  const int64_t width = padded_dim<T>(rows.dim);
   const T scale = T(kLog2e / control.epsilon);
   const T shift = scale * (rows.softmin[i] - rows.squares[i]);
   Scaled<T> sum;
   for (int64_t j = threadIdx.x; j < columns.count; j += kThreads) {
-    T s = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-      const T x = rows.columns[i * width + d], y = columns.columns[j * width + d];
-      s += cost == Cost::sqeuclidean ? x * y : (x - y) * (x - y);
+    T pair = 0;
+    if (cost == Cost::matrix) {
+      pair = matrix_of(ground, rows, columns)[place(ground, rows, columns, i, j)];
+    } else {
+      for (int64_t d = 0; d < rows.dim; ++d)
+        accumulate<cost>(pair, rows.columns[i * width + d], columns.columns[j * width + d]);
+      pair = cost_of<cost>(pair, ground.power);
     }
-    s = cost == Cost::sqeuclidean ? 2 * scale * s : -scale * root(s);
-    sum.add(columns.bias[j] + shift + s, T(1));
+    sum.add(columns.bias[j] + shift - scale * pair, T(1));
   }
   const T most = block_reduce<device::Max>(sum.most, scratch, T(2 * kLogZero));
   __syncthreads();
@@ -259,38 +310,60 @@ __device__ T redo_row(const Control& control, const Cloud<T>& rows, const Cloud<
 
 // The new softmin of a row and what it adds to the sums, from its level relative to the old softmin.
 template <typename T>
-__device__ Sums update_row(const Control& control, const Cloud<T>& rows, int64_t i, T level) {
+__device__ Sums update_row(const Control& control, const Cloud<T>& rows, Role role, int64_t i, T level) {
+  const double rho = role == Role::columns ? control.options.column_rho : control.options.row_rho;
+  const double lambda = damping(control, rho);
   const T scale = T(kLog2e / control.epsilon), unscale = T(control.epsilon * kLn2), omega = T(control.proposal);
+  const T minus_unit = T(-kLog2e / rho), most = T(100);
   const T f = (control.restore ? rows.start : rows.potential)[i], h = rows.softmin[i], a = rows.weights[i];
   const T fresh = h - level * unscale;
   rows.softmin[i] = fresh;
-  const T log_s = level + scale * (f - h);
-  if (!(a > 0)) return {0, 0, 0, 0, 0};
-  const T s = power(log_s < T(100) ? log_s : T(100));
-  const T left = omega == 1 ? T(1) : power(log_s * (1 - omega));
-  Sums sums;
-  sums.error = a * magnitude(s - 1);
-  sums.relaxed_error = a * magnitude(left - 1);
+  if (!(a > 0)) return {};
+  const auto capped_power = [&](T exponent) { return power(exponent < most ? exponent : most); };
+  T log_s = level + scale * (f - h);
+  log_s = log_s < most ? log_s : most;
+  const T s = power(log_s), wanted = capped_power(f * minus_unit), best = fresh * T(lambda);
+  Sums sums{};
+  sums.error = a * magnitude(s - wanted);
   sums.mass = a * s;
-  sums.gain = omega == 1 ? T(0) : a * (s - left - log_s * omega * T(kLn2));
-  sums.change = magnitude(fresh - f);
+  sums.target = a * capped_power(best * minus_unit);
+  sums.change = magnitude(best - f);
+  if (omega != 1) {
+    // log2 exp(delta), written so that nothing cancels where the marginal is hard
+    const T delta = -omega * (log_s * T(lambda) + f * T((1 - lambda) * kLog2e / control.epsilon));
+    const T left = capped_power(log_s + delta), z = delta * T(kLn2) * T(control.epsilon / rho);
+    const T relaxed_wanted = capped_power((omega * (best - f) + f) * minus_unit);
+    // rho / epsilon (T - T') = ln 2 delta T (1 - exp(-z)) / z
+    const T factor = magnitude(z) < T(0.05) ? z * (z * (z * T(-1. / 24) + T(1. / 6)) - T(0.5)) + 1
+                                            : (wanted - relaxed_wanted) / (z * wanted);
+    sums.relaxed_error = a * magnitude(left - relaxed_wanted);
+    sums.gain = a * (s - left + delta * T(kLn2) * wanted * factor);
+    sums.relaxed_target = a * relaxed_wanted;
+  }
   return sums;
 }
 
-__device__ inline Sums block_sums(Sums sums, double (&scratch)[5][kWarp]) {
+constexpr int kSums = 7;
+
+__device__ inline Sums block_sums(const Sums& sums, double (&scratch)[kSums][kWarp]) {
   return {block_reduce<device::Sum>(sums.error, scratch[0], 0.0),
           block_reduce<device::Sum>(sums.relaxed_error, scratch[1], 0.0),
-          block_reduce<device::Sum>(sums.mass, scratch[2], 0.0), block_reduce<device::Sum>(sums.gain, scratch[3], 0.0),
-          block_reduce<device::Max>(sums.change, scratch[4], 0.0)};
+          block_reduce<device::Sum>(sums.mass, scratch[2], 0.0),
+          block_reduce<device::Sum>(sums.gain, scratch[3], 0.0),
+          block_reduce<device::Sum>(sums.target, scratch[4], 0.0),
+          block_reduce<device::Sum>(sums.relaxed_target, scratch[5], 0.0),
+          block_reduce<device::Max>(sums.change, scratch[6], 0.0)};
 }
 
 template <typename T, Cost cost>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const Control* control, Cloud<T> rows, Cloud<T> columns, int64_t dim, int64_t padded_rows,
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    finish_kernel(const Control* controls, Cloud<T> all_rows, Cloud<T> all_columns, Ground<T> ground, Role role,
                   int64_t ranges, Sums* sums) {
+  const Control* control = controls + blockIdx.z;
   if (control->done) return;
+  const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
   __shared__ T redo_scratch[kWarp];
-  __shared__ double sums_scratch[5][kWarp];
+  __shared__ double sums_scratch[kSums][kWarp];
   __shared__ int32_t bad[kThreads];
   constexpr T least = sizeof(T) == 4 ? T(1e-30) : T(1e-290), most = sizeof(T) == 4 ? T(3e38) : T(1e308);
   const int64_t begin = int64_t{blockIdx.x} * kThreads, i = begin + threadIdx.x;
@@ -299,9 +372,9 @@ __global__ void __launch_bounds__(kThreads)
   if (i < rows.count) {
     Scaled<T> sum;
     for (int64_t range = 0; range < ranges; ++range) {
-      const T total = rows.scratch[range * padded_rows + i];
+      const T total = rows.scratch[range * rows.padded + i];
       if (control->safe)
-        sum.add(rows.scratch[(ranges + range) * padded_rows + i], total);
+        sum.add(rows.scratch[(ranges + range) * rows.padded + i], total);
       else
         sum.total += total;
     }
@@ -312,40 +385,43 @@ __global__ void __launch_bounds__(kThreads)
   if (__syncthreads_or(redo)) {
     for (int k = 0; k < kThreads; ++k) {
       if (!bad[k]) continue;
-      const T again = redo_row<T, cost>(*control, rows, columns, dim, begin + k, redo_scratch);
+      const T again = redo_row<T, cost>(*control, rows, columns, ground, begin + k, redo_scratch);
       if (static_cast<int>(threadIdx.x) == k) level = again;
     }
   }
-  const Sums mine = i < rows.count ? update_row(*control, rows, i, level) : Sums{0, 0, 0, 0, 0};
+  const Sums mine = i < rows.count ? update_row(*control, rows, role, i, level) : Sums{};
   const Sums all = block_sums(mine, sums_scratch);
-  if (threadIdx.x == 0) sums[blockIdx.x] = all;
+  if (threadIdx.x == 0) sums[int64_t{blockIdx.z} * gridDim.x + blockIdx.x] = all;
 }
 
-__global__ void begin_kernel(Control* control, const double* facts, Options options, const Control* rows,
+__global__ void begin_kernel(Control* controls, const Facts* facts, Options options, const Control* rows,
                              const Control* columns) {
-  begin(*control, facts, options, rows ? rows->safe : 1, columns ? columns->safe : 1);
+  const int64_t p = blockIdx.z;
+  begin(controls[p], facts[p], options, rows ? rows[p].safe : 1, columns ? columns[p].safe : 1);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    advance_kernel(Control* control, Event event, const Sums* sums, int64_t count) {
+    advance_kernel(Control* controls, Event event, const Sums* sums, int64_t count) {
+  Control* control = controls + blockIdx.z;
   if (control->done) return;
-  __shared__ double scratch[5][kWarp];
-  Sums mine = {0, 0, 0, 0, 0};
-  for (int64_t k = threadIdx.x; k < count; k += kThreads) mine = combine(mine, sums[k]);
+  __shared__ double scratch[kSums][kWarp];
+  Sums mine{};
+  for (int64_t k = threadIdx.x; k < count; k += kThreads) mine = combine(mine, sums[int64_t{blockIdx.z} * count + k]);
   const Sums all = block_sums(mine, scratch);
   if (threadIdx.x == 0) advance(*control, event, all);
 }
 
-// The bias of element i, kLogZero in the padding.
+// Element i of the bias.
 template <typename T>
 __device__ void write_bias(const Cloud<T>& cloud, int64_t i, T potential, T scale) {
   cloud.bias[i] = cloud.log_weights[i] + scale * (potential - cloud.squares[i]);
 }
 
 template <typename T>
-__global__ void set_bias_kernel(const Control* control, Cloud<T> cloud, int64_t size) {
-  const T scale = T(kLog2e / control->epsilon);
-  for (int64_t i = first_element(); i < size; i += stride()) {
+__global__ void set_bias_kernel(const Control* controls, Cloud<T> clouds) {
+  const Cloud<T> cloud = clouds.of(blockIdx.z);
+  const T scale = T(kLog2e / controls[blockIdx.z].epsilon);
+  for (int64_t i = first_element(); i < cloud.padded; i += stride()) {
     if (i < cloud.count)
       write_bias(cloud, i, cloud.potential[i], scale);
     else
@@ -354,10 +430,11 @@ __global__ void set_bias_kernel(const Control* control, Cloud<T> cloud, int64_t 
 }
 
 template <typename T>
-__global__ void set_cold_kernel(const Control* control, Cloud<T> cloud, Role role, int64_t size) {
-  if (control->done) return;
-  const T scale = T(kLog2e / control->epsilon);
-  for (int64_t i = first_element(); i < size; i += stride()) {
+__global__ void set_cold_kernel(const Control* controls, Cloud<T> clouds, Role role) {
+  if (controls[blockIdx.z].done) return;
+  const Cloud<T> cloud = clouds.of(blockIdx.z);
+  const T scale = T(kLog2e / controls[blockIdx.z].epsilon);
+  for (int64_t i = first_element(); i < cloud.padded; i += stride()) {
     if (i >= cloud.count) {
       cloud.bias[i] = T(kLogZero);
       continue;
@@ -370,21 +447,36 @@ __global__ void set_cold_kernel(const Control* control, Cloud<T> cloud, Role rol
 }
 
 template <typename T>
-__global__ void apply_kernel(const Control* control, Cloud<T> cloud, Role role) {
+__global__ void apply_kernel(const Control* controls, Cloud<T> clouds, Role role) {
+  const Control* control = controls + blockIdx.z;
   if (control->done) return;
-  const T scale = T(kLog2e / control->epsilon), omega = T(control->omega);
+  const Cloud<T> cloud = clouds.of(blockIdx.z);
+  const T scale = T(kLog2e / control->epsilon), omega = T(control->omega), damped = T(control->damping);
   const bool restore = role == Role::rows && control->restore;
+  const T shift = role == Role::columns      ? T(-control->translation)
+                  : role == Role::translated ? T(control->translation)
+                                             : T(0);
   for (int64_t i = first_element(); i < cloud.count; i += stride()) {
     if (restore) cloud.softmin[i] = cloud.start[i];
-    const T h = cloud.softmin[i], f = cloud.potential[i];
-    const T next = omega == 1 ? h : f + omega * (h - f);
+    const T h = damped * cloud.softmin[i], f = cloud.potential[i];
+    const T next = (role == Role::translated ? f : omega == 1 ? h : f + omega * (h - f)) + shift;
     cloud.potential[i] = next;
-    if (role == Role::self) cloud.softmin[i] = next;
+    cloud.softmin[i] = role == Role::self ? next : cloud.softmin[i] + shift;
     write_bias(cloud, i, next, scale);
   }
 }
 
-__global__ void report_kernel(const Control* control, double* out) {
+// Tells the first control whether all are done.
+__global__ void __launch_bounds__(kThreads) poll_kernel(Control* controls, int64_t problems) {
+  bool going = false;
+  for (int64_t p = threadIdx.x; p < problems; p += kThreads) going = going || !controls[p].done;
+  going = __syncthreads_or(going);
+  if (threadIdx.x == 0) controls->all_done = going ? 0 : controls->done;
+}
+
+__global__ void report_kernel(const Control* controls, double* out) {
+  const Control* control = controls + blockIdx.z;
+  out += 5 * blockIdx.z;
   out[0] = control->row_error + control->column_error;
   out[1] = control->mass;
   out[2] = static_cast<double>(control->iterations);
@@ -394,11 +486,23 @@ __global__ void report_kernel(const Control* control, double* out) {
 
 constexpr int kForceRows = 32, kForceColumns = 32, kForceDims = 64, kRowsEach = kForceRows * kWarp / kThreads;
 
-// A block owns 32 rows and 64 dimensions of the force. Per tile of columns: each thread computes the plan's entries of
-// 4 rows and its column, then sums over the tile's columns for 4 rows and 2 dimensions.
-template <typename T, Cost cost>
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(const double* epsilon, Cloud<T> rows, Cloud<T> columns, int64_t dim, T* force, T* mass) {
+// The factor of x - y in the cost's derivative (half of it for the squared cost), from what `accumulate` made.
+template <Cost cost, typename T>
+__device__ T derivative_factor(T s, T p) {
+  if (cost == Cost::euclidean) return s > 0 ? 1 / root(s) : T(0);
+  if (cost == Cost::power) return s > 0 ? p * power((p / 2 - 1) * logarithm(s)) : T(0);
+  return 1;
+}
+
+// A block owns 32 rows and 64 dimensions of the force, or of the plan times values. Per tile of columns: each thread
+// computes the plan's entries of 4 rows and its column, then sums over the tile's columns for 4 rows and 2 dimensions.
+template <typename T, Cost cost, bool derivative>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    plan_kernel(const Control* controls, Cloud<T> all_rows, Cloud<T> all_columns, Ground<T> ground, const T* values,
+                int64_t out_width, T* out, T* mass) {
+  const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
+  const int64_t dim = rows.dim, source_width = padded_dim<T>(out_width);
+  const T* source = derivative ? columns.columns : values + int64_t{blockIdx.z} * columns.padded * source_width;
   __shared__ T xs[kForceRows][kDepth + 1], ys[kForceColumns][kDepth + 1];
   __shared__ T weights[kForceRows][kForceColumns + 1];
   __shared__ T points[kForceColumns][kForceDims];
@@ -406,7 +510,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t dim_begin = int64_t{blockIdx.y} * kForceDims;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   constexpr int kWarps = kThreads / kWarp;
-  const T scale = T(kLog2e / *epsilon);
+  const T scale = T(kLog2e / controls[blockIdx.z].epsilon);
 
   T shift[kRowsEach], row_mass[kRowsEach], total[kRowsEach][2], x[kRowsEach][2];
 #pragma unroll
@@ -418,13 +522,14 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < 2; ++k) {
       const int64_t d = dim_begin + lane + k * kWarp;
       total[r][k] = 0;
-      x[r][k] = in && d < dim ? rows.columns[i * width + d] : T(0);
+      x[r][k] = derivative && in && d < dim ? rows.columns[i * width + d] : T(0);
     }
   }
   for (int64_t column_begin = 0; column_begin < columns.count; column_begin += kForceColumns) {
     T s[kRowsEach] = {};
     for (int64_t from = 0; from < dim; from += kDepth) {
       __syncthreads();
+#pragma unroll 1
       for (int k = threadIdx.x; k < kForceRows * kDepth; k += kThreads) {
         const int p = k / kDepth, d = k % kDepth;
         const bool in = from + d < dim;
@@ -433,12 +538,13 @@ __global__ void __launch_bounds__(kThreads)
             in && column_begin + p < columns.count ? columns.columns[(column_begin + p) * width + from + d] : T(0);
       }
       __syncthreads();
+#pragma unroll 4
       for (int d = 0; d < kDepth; ++d) {
         const T y = ys[lane][d];
 #pragma unroll
         for (int r = 0; r < kRowsEach; ++r) {
           const T xr = xs[warp + r * kWarps][d];
-          s[r] += cost == Cost::sqeuclidean ? xr * y : (xr - y) * (xr - y);
+          accumulate<cost>(s[r], xr, y);
         }
       }
     }
@@ -446,22 +552,30 @@ __global__ void __launch_bounds__(kThreads)
     const T bias = j < columns.count ? columns.bias[j] : T(kLogZero);
 #pragma unroll
     for (int r = 0; r < kRowsEach; ++r) {
-      const T distance = cost == Cost::sqeuclidean ? T(1) : root(s[r]);
-      const T plan = power(bias + shift[r] + (cost == Cost::sqeuclidean ? 2 * scale * s[r] : -scale * distance));
+      const T plan = power(bias + shift[r] - scale * cost_of<cost>(s[r], ground.power));
       row_mass[r] += plan;
-      weights[warp + r * kWarps][lane] = distance > 0 ? plan / distance : T(0);
+      weights[warp + r * kWarps][lane] = derivative ? plan * derivative_factor<cost>(s[r], ground.power) : plan;
     }
+#pragma unroll 1
     for (int k = threadIdx.x; k < kForceColumns * kForceDims; k += kThreads) {
       const int64_t p = column_begin + k / kForceDims, d = dim_begin + k % kForceDims;
-      points[k / kForceDims][k % kForceDims] = p < columns.count && d < dim ? columns.columns[p * width + d] : T(0);
+      points[k / kForceDims][k % kForceDims] = p < columns.count && d < out_width ? source[p * source_width + d] : T(0);
     }
     __syncthreads();
+#pragma unroll 4
     for (int c = 0; c < kForceColumns; ++c) {
 #pragma unroll
       for (int r = 0; r < kRowsEach; ++r) {
         const T w = weights[warp + r * kWarps][c];
-        total[r][0] += w * (x[r][0] - points[c][lane]);
-        total[r][1] += w * (x[r][1] - points[c][lane + kWarp]);
+        for (int k = 0; k < 2; ++k) {
+          const T y = points[c][lane + k * kWarp], z = x[r][k] - y;
+          if (!derivative)
+            total[r][k] += w * y;
+          else if (cost == Cost::manhattan)
+            total[r][k] += z > 0 ? w : z < 0 ? -w : T(0);
+          else
+            total[r][k] += w * z;
+        }
       }
     }
     __syncthreads();
@@ -471,18 +585,19 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t i = row_begin + warp + r * kWarps;
     const T sum = device::warp_reduce<device::Sum>(row_mass[r]);
     if (i >= rows.count) continue;
-    if (lane == 0 && blockIdx.y == 0) mass[i] = sum;
+    if (derivative && lane == 0 && blockIdx.y == 0) mass[int64_t{blockIdx.z} * rows.count + i] = sum;
     for (int k = 0; k < 2; ++k) {
       const int64_t d = dim_begin + lane + k * kWarp;
-      if (d < dim) force[i * dim + d] = total[r][k];
+      if (d < out_width) out[(int64_t{blockIdx.z} * rows.count + i) * out_width + d] = total[r][k];
     }
   }
 }
 
 template <typename T>
-void pack(const T* points, int64_t count, int64_t dim, T* columns, Stream stream) {
+void pack(const T* points, int64_t count, int64_t dim, int64_t problems, T* columns, Stream stream) {
   const int64_t size = columns_size<T>(count, dim);
-  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_blocks(size), kThreads, 0, stream, points, count, dim, size, columns);
+  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_grid(size, problems), kThreads, 0, stream, points, count, dim, size,
+                  columns);
 }
 
 // What this host thread last saw of its solve. The device writes the solve's number into `done`, so that a late copy of
@@ -500,16 +615,18 @@ Poll poll;  // one host thread
 thread_local Poll poll;
 #endif
 
-void begin_solve(Control* control, const double* facts, const Options& options, const Control* rows,
-                 const Control* columns, Stream stream) {
+dim3 one_block(int64_t problems) { return dim3(1, 1, static_cast<unsigned>(problems)); }
+
+void begin_solve(Control* controls, const Facts* facts, const Options& options, const Control* rows,
+                 const Control* columns, int64_t problems, Stream stream) {
   poll.number = poll.number % 0x7fffffff + 1;
   poll.count = 0;
   Options numbered = options;
   numbered.number = poll.number;
-  WGAN_EXT_LAUNCH(begin_kernel, 1, 1, 0, stream, control, facts, numbered, rows, columns);
+  WGAN_EXT_LAUNCH(begin_kernel, one_block(problems), 1, 0, stream, controls, facts, numbered, rows, columns);
 }
 
-bool finished(const Control* control, Stream stream) {
+bool finished(Control* controls, int64_t problems, Stream stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   cudaStreamCaptureStatus capture;
   check_cuda(cudaStreamIsCapturing(s, &capture), "cudaStreamIsCapturing");
@@ -525,7 +642,8 @@ bool finished(const Control* control, Stream stream) {
     poll.device = device;
   }
   const int64_t now = poll.count++ % 2, before = 1 - now;
-  check_cuda(cudaMemcpyAsync(poll.seen + now, &control->done, sizeof(int32_t), cudaMemcpyDeviceToHost, s),
+  WGAN_EXT_LAUNCH(poll_kernel, 1, kThreads, 0, stream, controls, problems);
+  check_cuda(cudaMemcpyAsync(poll.seen + now, &controls->all_done, sizeof(int32_t), cudaMemcpyDeviceToHost, s),
              "cudaMemcpy");
   check_cuda(cudaEventRecord(poll.events[now], s), "cudaEventRecord");
   if (poll.count == 1) return false;
@@ -534,67 +652,92 @@ bool finished(const Control* control, Stream stream) {
 }
 
 template <typename T>
-void set_bias(const Control* control, const Cloud<T>& cloud, Stream stream) {
-  const int64_t size = padded<T>(cloud.count);
-  WGAN_EXT_LAUNCH((set_bias_kernel<T>), elementwise_blocks(size), kThreads, 0, stream, control, cloud, size);
+void set_bias(const Control* controls, const Cloud<T>& clouds, int64_t problems, Stream stream) {
+  WGAN_EXT_LAUNCH((set_bias_kernel<T>), elementwise_grid(clouds.padded, problems), kThreads, 0, stream, controls,
+                  clouds);
 }
 
 template <typename T>
-void set_cold(const Control* control, const Cloud<T>& cloud, Role role, Stream stream) {
-  const int64_t size = padded<T>(cloud.count);
-  WGAN_EXT_LAUNCH((set_cold_kernel<T>), elementwise_blocks(size), kThreads, 0, stream, control, cloud, role, size);
+void set_cold(const Control* controls, const Cloud<T>& clouds, Role role, int64_t problems, Stream stream) {
+  WGAN_EXT_LAUNCH((set_cold_kernel<T>), elementwise_grid(clouds.padded, problems), kThreads, 0, stream, controls,
+                  clouds, role);
 }
 
-template <typename T, Cost cost>
-void launch_pass(const Control* control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, Sums* sums,
-                 Stream stream) {
-  const int64_t parts = ranges<T>(rows.count, columns.count), padded_rows = padded<T>(rows.count);
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows.count, Tile<T>::rows)), static_cast<unsigned>(parts));
-  WGAN_EXT_LAUNCH((pass_kernel<T, cost>), grid, kThreads, 0, stream, control, rows, columns, dim, padded_rows);
-  WGAN_EXT_LAUNCH((finish_kernel<T, cost>), static_cast<unsigned>(sums_size(rows.count, 0, 0)), kThreads, 0, stream,
-                  control, rows, columns, dim, padded_rows, parts, sums);
-}
+template <Cost cost>
+struct Constant {
+  static constexpr Cost value = cost;
+};
 
-template <typename T>
-void pass(const Control* control, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, Cost cost, Sums* sums,
-          Stream stream) {
-  if (cost == Cost::sqeuclidean)
-    launch_pass<T, Cost::sqeuclidean>(control, rows, columns, dim, sums, stream);
-  else
-    launch_pass<T, Cost::euclidean>(control, rows, columns, dim, sums, stream);
-}
-
-void advance_solve(Control* control, Event event, const Sums* sums, int64_t count, Stream stream) {
-  WGAN_EXT_LAUNCH(advance_kernel, 1, kThreads, 0, stream, control, event, sums, count);
+// Calls body with the cost of points as a constant of its type.
+template <typename Body>
+void with_point_cost(Cost cost, const Body& body) {
+  if (cost == Cost::sqeuclidean) return body(Constant<Cost::sqeuclidean>{});
+  if (cost == Cost::euclidean) return body(Constant<Cost::euclidean>{});
+  if (cost == Cost::manhattan) return body(Constant<Cost::manhattan>{});
+  return body(Constant<Cost::power>{});
 }
 
 template <typename T>
-void apply(const Control* control, const Cloud<T>& cloud, Role role, Stream stream) {
-  WGAN_EXT_LAUNCH((apply_kernel<T>), elementwise_blocks(cloud.count), kThreads, 0, stream, control, cloud, role);
+void pass(const Control* controls, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground, Role role,
+          int64_t problems, Sums* sums, Stream stream) {
+  const int64_t parts = ranges<T>(rows.count, columns.count);
+  const unsigned depth = static_cast<unsigned>(problems);
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows.count, Tile<T>::rows)), static_cast<unsigned>(parts), depth);
+  const dim3 finish_grid(static_cast<unsigned>(sums_size(rows.count, 0, 0, ground.cost)), 1, depth);
+  const auto launch = [&](auto constant) {
+    constexpr Cost cost = decltype(constant)::value;
+    WGAN_EXT_LAUNCH((pass_kernel<T, cost>), grid, kThreads, 0, stream, controls, rows, columns, ground);
+    WGAN_EXT_LAUNCH((finish_kernel<T, cost>), finish_grid, kThreads, 0, stream, controls, rows, columns, ground, role,
+                    parts, sums);
+  };
+  if (ground.cost == Cost::matrix) return launch(Constant<Cost::matrix>{});
+  with_point_cost(ground.cost, launch);
 }
 
-void report(const Control* control, double* out, Stream stream) {
-  WGAN_EXT_LAUNCH(report_kernel, 1, 1, 0, stream, control, out);
+void advance_solve(Control* controls, Event event, const Sums* sums, int64_t count, int64_t problems, Stream stream) {
+  WGAN_EXT_LAUNCH(advance_kernel, one_block(problems), kThreads, 0, stream, controls, event, sums, count);
 }
 
 template <typename T>
-void gradient(const double* epsilon, const Cloud<T>& rows, const Cloud<T>& columns, int64_t dim, Cost cost, T* force,
-              T* mass, Stream stream) {
+void apply(const Control* controls, const Cloud<T>& clouds, Role role, int64_t problems, Stream stream) {
+  WGAN_EXT_LAUNCH((apply_kernel<T>), elementwise_grid(clouds.count, problems), kThreads, 0, stream, controls, clouds,
+                  role);
+}
+
+void report(const Control* controls, int64_t problems, double* out, Stream stream) {
+  WGAN_EXT_LAUNCH(report_kernel, one_block(problems), 1, 0, stream, controls, out);
+}
+
+template <typename T, bool derivative>
+void launch_plan(const Control* controls, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground,
+                 int64_t problems, const T* values, int64_t width, T* out, T* mass, Stream stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(rows.count, kForceRows)),
-                  static_cast<unsigned>(ceil_div(dim, kForceDims)));
-  if (cost == Cost::sqeuclidean)
-    WGAN_EXT_LAUNCH((gradient_kernel<T, Cost::sqeuclidean>), grid, kThreads, 0, stream, epsilon, rows, columns, dim,
-                    force, mass);
-  else
-    WGAN_EXT_LAUNCH((gradient_kernel<T, Cost::euclidean>), grid, kThreads, 0, stream, epsilon, rows, columns, dim,
-                    force, mass);
+                  static_cast<unsigned>(ceil_div(width, kForceDims)), static_cast<unsigned>(problems));
+  with_point_cost(ground.cost, [&](auto constant) {
+    constexpr Cost cost = decltype(constant)::value;
+    WGAN_EXT_LAUNCH((plan_kernel<T, cost, derivative>), grid, kThreads, 0, stream, controls, rows, columns, ground,
+                    values, width, out, mass);
+  });
+}
+
+template <typename T>
+void gradient(const Control* controls, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground,
+              int64_t problems, T* force, T* mass, Stream stream) {
+  launch_plan<T, true>(controls, rows, columns, ground, problems, nullptr, rows.dim, force, mass, stream);
+}
+
+template <typename T>
+void transport(const Control* controls, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground,
+               int64_t problems, const T* values, int64_t width, T* out, Stream stream) {
+  launch_plan<T, false>(controls, rows, columns, ground, problems, values, width, out, nullptr, stream);
 }
 
 template <typename T>
 const Kernels<T>& table() {
-  static constexpr Kernels<T> kernels = {
-      16,          columns_size<T>, padded<T>,     scratch_size<T>, sums_size, pack<T>, begin_solve, set_bias<T>,
-      set_cold<T>, pass<T>,         advance_solve, apply<T>,        finished,  report,  gradient<T>};
+  static constexpr Kernels<T> kernels = {16,          true,        columns_size<T>, padded<T>,     scratch_size<T>,
+                                         sums_size,   nullptr,     pack<T>,         nullptr,       begin_solve,
+                                         set_bias<T>, set_cold<T>, pass<T>,         advance_solve, apply<T>,
+                                         finished,    report,      gradient<T>,     transport<T>};
   return kernels;
 }
 

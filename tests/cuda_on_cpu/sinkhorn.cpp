@@ -1,5 +1,7 @@
 // Every Sinkhorn launcher of csrc/sinkhorn/cuda.cu against the portable CPU kernels: the steps of a solve, compared one
-// by one, over shapes that are not multiples of a tile, with weights of zero and rows that must be done again.
+// by one, for a batch of two problems, over shapes that are not multiples of a tile, with weights of zero, rows that
+// must be done again, and hard and soft marginals.
+#include <limits>
 #include <string>
 
 #include "check.h"
@@ -9,32 +11,41 @@ namespace {
 
 using namespace wgan_ext::sinkhorn;
 
+constexpr int64_t kProblems = 2;
+constexpr double kHard = std::numeric_limits<double>::infinity();
+
 template <typename T>
 struct Buffers {
   std::vector<T> points, columns, squares, weights, log_weights, potential, softmin, start, bias, scratch;
   Cloud<T> cloud;
 
   Buffers(const Kernels<T>& kernels, int64_t count, int64_t dim, int64_t other, Cost cost, uint32_t seed) {
-    points = check::random<T>(count * dim, seed);
-    squares.assign(static_cast<size_t>(count), T(0));
-    weights = check::random<T>(count, seed + 1, 0.1, 1);
-    if (count > 3) weights[1] = 0;
-    double total = 0;
-    for (const T w : weights) total += w;
-    for (T& w : weights) {
-      w = static_cast<T>(w / total);
-      log_weights.push_back(w > 0 ? std::log2(w) : static_cast<T>(kLogZero));
+    points = check::random<T>(kProblems * count * dim, seed);
+    const auto size = static_cast<size_t>(kProblems * count);
+    squares.assign(size, T(0));
+    weights = check::random<T>(kProblems * count, seed + 1, 0.1, 1);
+    for (int64_t p = 0; p < kProblems; ++p) {
+      const auto begin = weights.begin() + p * count, end = begin + count;
+      if (count > 3) begin[1] = 0;
+      double total = 0;
+      for (auto w = begin; w != end; ++w) total += *w;
+      for (auto w = begin; w != end; ++w) *w = static_cast<T>(*w / total);
     }
+    for (const T w : weights) log_weights.push_back(w > 0 ? std::log2(w) : static_cast<T>(kLogZero));
     if (cost == Cost::sqeuclidean)
-      for (int64_t i = 0; i < count * dim; ++i) squares[static_cast<size_t>(i / dim)] += points[i] * points[i];
-    columns = check::unset<T>(kernels.columns_size(count, dim));
-    potential = softmin = start = std::vector<T>(static_cast<size_t>(count), T(0));
-    bias = check::unset<T>(kernels.padded(count));
-    scratch = check::unset<T>(kernels.scratch_size(count, dim, other));
-    kernels.pack(points.data(), count, dim, columns.data(), nullptr);
+      for (int64_t i = 0; i < kProblems * count * dim; ++i)
+        squares[static_cast<size_t>(i / dim)] += points[i] * points[i];
+    const int64_t columns_size = kernels.columns_size(count, dim), padded = kernels.padded(count),
+                  scratch_size = kernels.scratch_size(count, dim, other, cost);
+    columns = check::unset<T>(kProblems * columns_size);
+    potential = softmin = start = std::vector<T>(size, T(0));
+    bias = check::unset<T>(kProblems * padded);
+    scratch = check::unset<T>(kProblems * scratch_size);
+    kernels.pack(points.data(), count, dim, kProblems, columns.data(), nullptr);
     cloud = {points.data(),      columns.data(),   squares.data(), weights.data(),
              log_weights.data(), potential.data(), softmin.data(), start.data(),
-             bias.data(),        scratch.data(),   count};
+             bias.data(),        scratch.data(),   count,          dim,
+             columns_size,       padded,           scratch_size};
   }
 };
 
@@ -50,108 +61,143 @@ struct Trace {
 };
 
 template <typename T>
-Trace<T> solve(const Kernels<T>& kernels, int64_t n, int64_t m, int64_t dim, Cost cost) {
+Trace<T> solve(const Kernels<T>& kernels, int64_t n, int64_t m, int64_t dim, Cost cost, double row_rho,
+               double column_rho) {
   Trace<T> trace;
   Buffers<T> x(kernels, n, dim, m, cost, 1), y(kernels, m, dim, n, cost, 7);
-  Control control{};
-  const double facts[] = {0.05, 0.4, std::log(20.0 * static_cast<double>(n)), std::log(20.0 * static_cast<double>(m))};
+  const std::vector<T> matrix = check::random<T>(kProblems * n * m, 11, 0, 1),
+                       values = check::random<T>(kProblems * m * 5, 12);
+  const Ground<T> ground = {cost, T(1.5), cost == Cost::matrix ? matrix.data() : nullptr, false};
+  Ground<T> back = ground;
+  back.transposed = cost == Cost::matrix;
+  std::vector<Control> controls(kProblems);
+  const double range_x = std::log(20.0 * static_cast<double>(n)), range_y = std::log(20.0 * static_cast<double>(m));
+  const Facts facts[kProblems] = {{0.05, 0.4, range_x, range_y}, {0.1, 0.3, range_x, range_y}};
   Options options{};
   options.scaling = 0.5;
   options.relaxation = 1.3;
   options.exponent_limit = sizeof(T) == 4 ? 80 : 700;
+  options.rounding = sizeof(T) == 4 ? 1e-6 : 1e-15;
+  options.row_rho = row_rho;
+  options.column_rho = column_rho;
   options.max_iter = 9;
   options.number = 1;
-  const int64_t row_sums = kernels.sums_size(n, m, dim), column_sums = kernels.sums_size(m, n, dim);
-  std::vector<Sums> sums(static_cast<size_t>(row_sums > column_sums ? row_sums : column_sums));
+  const int64_t row_sums = kernels.sums_size(n, m, dim, cost), column_sums = kernels.sums_size(m, n, dim, cost);
+  std::vector<Sums> sums(static_cast<size_t>(kProblems * (row_sums > column_sums ? row_sums : column_sums)));
   const auto note = [&](const std::string& step) {
-    trace.note(step + ": f", x.potential, n);
-    trace.note(step + ": g", y.potential, m);
-    trace.note(step + ": softmin of x", x.softmin, n);
-    trace.note(step + ": softmin of y", y.softmin, m);
-    trace.note(step + ": bias of x", x.bias, n);
-    trace.note(step + ": bias of y", y.bias, m);
-    trace.note(step + ": controller",
-               {T(control.row_error), T(control.column_error), T(control.mass), T(control.omega), T(control.epsilon),
-                T(control.iterations), T(control.restore), T(control.safe)},
-               8);
+    trace.note(step + ": f", x.potential, kProblems * n);
+    trace.note(step + ": g", y.potential, kProblems * m);
+    trace.note(step + ": softmin of x", x.softmin, kProblems * n);
+    trace.note(step + ": softmin of y", y.softmin, kProblems * m);
+    for (int64_t p = 0; p < kProblems; ++p) {
+      const auto bias_of = [&](const Buffers<T>& side) {
+        return std::vector<T>(side.bias.begin() + p * side.cloud.padded,
+                              side.bias.begin() + (p + 1) * side.cloud.padded);
+      };
+      trace.note(step + ": bias of x", bias_of(x), n);
+      trace.note(step + ": bias of y", bias_of(y), m);
+      const Control& c = controls[static_cast<size_t>(p)];
+      trace.note(step + ": controller",
+                 {T(c.row_error), T(c.column_error), T(c.mass), T(c.omega), T(c.epsilon), T(c.iterations), T(c.restore),
+                  T(c.safe), T(c.damping), T(c.translation)},
+                 10);
+    }
   };
   const auto note_sums = [&](int64_t count) {
-    Sums total{};
-    for (int64_t i = 0; i < count; ++i) total = combine(total, sums[static_cast<size_t>(i)]);
-    trace.note("sums", {T(total.error), T(total.relaxed_error), T(total.mass), T(total.gain), T(total.change)}, 5);
+    for (int64_t p = 0; p < kProblems; ++p) {
+      Sums t{};
+      for (int64_t i = 0; i < count; ++i) t = combine(t, sums[static_cast<size_t>(p * count + i)]);
+      trace.note("sums",
+                 {T(t.error), T(t.relaxed_error), T(t.mass), T(t.gain), T(t.target), T(t.relaxed_target), T(t.change)},
+                 7);
+    }
   };
   const auto rows = [&](Event event) {
-    kernels.pass(&control, x.cloud, y.cloud, dim, cost, sums.data(), nullptr);
+    kernels.pass(controls.data(), x.cloud, y.cloud, ground, Role::rows, kProblems, sums.data(), nullptr);
     note_sums(row_sums);
-    kernels.advance(&control, event, sums.data(), row_sums, nullptr);
+    kernels.advance(controls.data(), event, sums.data(), row_sums, kProblems, nullptr);
   };
   const auto columns = [&](Event event) {
-    kernels.pass(&control, y.cloud, x.cloud, dim, cost, sums.data(), nullptr);
+    kernels.pass(controls.data(), y.cloud, x.cloud, back, Role::columns, kProblems, sums.data(), nullptr);
     note_sums(column_sums);
-    kernels.advance(&control, event, sums.data(), column_sums, nullptr);
+    kernels.advance(controls.data(), event, sums.data(), column_sums, kProblems, nullptr);
   };
 
   // A start whose first pass is plain though its shift is far off: rows have to be done again.
-  Control plain{};
-  kernels.begin(&control, facts, options, &plain, &plain, nullptr);
-  for (int64_t i = 0; i < n; i += 3) x.softmin[static_cast<size_t>(i)] = T(sizeof(T) == 4 ? 20 : 200);
-  for (int64_t i = 1; i < n; i += 3) x.softmin[static_cast<size_t>(i)] = T(sizeof(T) == 4 ? -20 : -200);
-  kernels.set_bias(&control, x.cloud, nullptr);
-  kernels.set_bias(&control, y.cloud, nullptr);
+  const std::vector<Control> plain(kProblems);
+  kernels.begin(controls.data(), facts, options, plain.data(), plain.data(), kProblems, nullptr);
+  for (int64_t i = 0; i < kProblems * n; i += 3) x.softmin[static_cast<size_t>(i)] = T(sizeof(T) == 4 ? 20 : 200);
+  for (int64_t i = 1; i < kProblems * n; i += 3) x.softmin[static_cast<size_t>(i)] = T(sizeof(T) == 4 ? -20 : -200);
+  kernels.set_bias(controls.data(), x.cloud, kProblems, nullptr);
+  kernels.set_bias(controls.data(), y.cloud, kProblems, nullptr);
   rows(Event::probe_rows);
   note("probe of rows");
   columns(Event::probe_columns_then_cold);
   note("probe of columns");
-  kernels.set_cold(&control, x.cloud, Role::rows, nullptr);
-  kernels.set_cold(&control, y.cloud, Role::columns, nullptr);
-  trace.note("start of x", x.start, n);
-  trace.note("start of y", y.start, m);
+  kernels.set_cold(controls.data(), x.cloud, Role::rows, kProblems, nullptr);
+  kernels.set_cold(controls.data(), y.cloud, Role::columns, kProblems, nullptr);
+  trace.note("start of x", x.start, kProblems * n);
+  trace.note("start of y", y.start, kProblems * m);
   rows(Event::rows);
   for (int64_t i = 0; i < options.max_iter; ++i) {
-    if (i == 1) control.start_error = 0;  // forces the way back to the start at the target
+    if (i == 1) controls[0].start_error = 0;  // forces the way back to the start at the target
     note("iteration " + std::to_string(i));
-    kernels.apply(&control, x.cloud, Role::rows, nullptr);
+    kernels.apply(controls.data(), x.cloud, Role::rows, kProblems, nullptr);
     columns(Event::columns);
-    kernels.apply(&control, y.cloud, Role::columns, nullptr);
+    kernels.apply(controls.data(), y.cloud, Role::columns, kProblems, nullptr);
+    kernels.apply(controls.data(), x.cloud, Role::translated, kProblems, nullptr);
     rows(Event::rows);
   }
   note("end");
-  std::vector<double> report(5);
-  kernels.report(&control, report.data(), nullptr);
-  trace.note("report", std::vector<T>(report.begin(), report.end()), 5);
-  kernels.finished(&control, nullptr);
-  if (!kernels.finished(&control, nullptr) && control.done != control.options.number) ++check::failures;
+  std::vector<double> report(5 * kProblems);
+  kernels.report(controls.data(), kProblems, report.data(), nullptr);
+  for (size_t p = 0; p < kProblems; ++p) {  // converged is exact, the error is not
+    if (report[5 * p + 3] != (report[5 * p] <= options.tolerance)) ++check::failures;
+    report[5 * p + 3] = 0;
+  }
+  trace.note("report", std::vector<T>(report.begin(), report.end()), 5 * kProblems);
+  kernels.finished(controls.data(), kProblems, nullptr);
+  const bool done = controls[0].done == options.number && controls[1].done == options.number;
+  if (!kernels.finished(controls.data(), kProblems, nullptr) && !done) ++check::failures;
 
-  std::vector<T> force = check::unset<T>(n * dim), mass = check::unset<T>(n);
-  kernels.gradient(&control.epsilon, x.cloud, y.cloud, dim, cost, force.data(), mass.data(), nullptr);
-  trace.note("force", force, n * dim);
-  trace.note("mass", mass, n);
+  if (cost != Cost::matrix) {
+    std::vector<T> force = check::unset<T>(kProblems * n * dim), mass = check::unset<T>(kProblems * n),
+                   product = check::unset<T>(kProblems * n * 5),
+                   packed = check::unset<T>(kProblems * kernels.columns_size(m, 5));
+    kernels.gradient(controls.data(), x.cloud, y.cloud, ground, kProblems, force.data(), mass.data(), nullptr);
+    trace.note("force", force, kProblems * n * dim);
+    trace.note("mass", mass, kProblems * n);
+    kernels.pack(values.data(), m, 5, kProblems, packed.data(), nullptr);
+    kernels.transport(controls.data(), x.cloud, y.cloud, ground, kProblems, packed.data(), 5, product.data(), nullptr);
+    trace.note("plan times values", product, kProblems * n * 5);
 
-  kernels.begin(&control, facts, options, nullptr, nullptr, nullptr);
-  std::vector<T> zero(static_cast<size_t>(n), T(0));
-  x.potential = x.softmin = zero;
-  x.cloud.potential = x.potential.data();
-  x.cloud.softmin = x.softmin.data();
-  kernels.set_bias(&control, x.cloud, nullptr);
-  std::vector<Sums> self_sums(static_cast<size_t>(kernels.sums_size(n, n, dim)));
-  std::vector<T> self_scratch(static_cast<size_t>(kernels.scratch_size(n, dim, n)));
-  x.cloud.scratch = self_scratch.data();
-  for (int64_t i = 0; i < 4; ++i) {
-    kernels.pass(&control, x.cloud, x.cloud, dim, cost, self_sums.data(), nullptr);
-    kernels.advance(&control, Event::self, self_sums.data(), static_cast<int64_t>(self_sums.size()), nullptr);
-    kernels.apply(&control, x.cloud, Role::self, nullptr);
-    note("self, iteration " + std::to_string(i));
+    kernels.begin(controls.data(), facts, options, nullptr, nullptr, kProblems, nullptr);
+    x.potential = x.softmin = std::vector<T>(static_cast<size_t>(kProblems * n), T(0));
+    x.cloud.potential = x.potential.data();
+    x.cloud.softmin = x.softmin.data();
+    kernels.set_bias(controls.data(), x.cloud, kProblems, nullptr);
+    const int64_t self_sums = kernels.sums_size(n, n, dim, cost);
+    sums.resize(static_cast<size_t>(kProblems * self_sums));
+    x.cloud.scratch_size = kernels.scratch_size(n, dim, n, cost);
+    std::vector<T> self_scratch(static_cast<size_t>(kProblems * x.cloud.scratch_size));
+    x.cloud.scratch = self_scratch.data();
+    for (int64_t i = 0; i < 4; ++i) {
+      kernels.pass(controls.data(), x.cloud, x.cloud, ground, Role::self, kProblems, sums.data(), nullptr);
+      kernels.advance(controls.data(), Event::self, sums.data(), self_sums, kProblems, nullptr);
+      kernels.apply(controls.data(), x.cloud, Role::self, kProblems, nullptr);
+      note("self, iteration " + std::to_string(i));
+    }
   }
   return trace;
 }
 
 template <typename T>
-void compare(int64_t n, int64_t m, int64_t dim, Cost cost) {
-  const Trace<T> got = solve<T>(Kernels<T>::cuda(), n, m, dim, cost);
-  const Trace<T> want = solve<T>(portable::table<T>(), n, m, dim, cost);
+void compare(int64_t n, int64_t m, int64_t dim, Cost cost, double row_rho, double column_rho) {
+  const Trace<T> got = solve<T>(Kernels<T>::cuda(), n, m, dim, cost, row_rho, column_rho);
+  const Trace<T> want = solve<T>(portable::table<T>(), n, m, dim, cost, row_rho, column_rho);
   const std::string shape = "N=" + std::to_string(n) + " M=" + std::to_string(m) + " D=" + std::to_string(dim) +
-                            (cost == Cost::sqeuclidean ? " squared " : " euclidean ") +
-                            (sizeof(T) == 4 ? "float " : "double ");
+                            " cost " + std::to_string(static_cast<int>(cost)) + " rho " + std::to_string(row_rho) +
+                            " " + std::to_string(column_rho) + (sizeof(T) == 4 ? " float " : " double ");
   for (size_t k = 0; k < want.arrays.size(); ++k)
     check::close((shape + want.names[k]).c_str(), got.arrays[k], want.arrays[k], sizeof(T) == 4 ? 2e-3 : 1e-9);
 }
@@ -163,9 +209,11 @@ int main(int argc, char** argv) {
   const int64_t shapes[][3] = {{1, 1, 1}, {5, 3, 2}, {131, 70, 3}, {66, 259, 37}, {40, 33, 70}, {300, 140, 5}};
   for (const auto& [n, m, dim] : shapes) {
     if (small && n * m > 5000) continue;
-    for (const Cost cost : {Cost::sqeuclidean, Cost::euclidean}) {
-      compare<float>(n, m, dim, cost);
-      compare<double>(n, m, dim, cost);
+    for (const Cost cost : {Cost::sqeuclidean, Cost::euclidean, Cost::manhattan, Cost::power, Cost::matrix}) {
+      // each kernel with hard and soft marginals, without all combinations
+      const bool soft = (n + static_cast<int64_t>(cost)) % 2;
+      compare<float>(n, m, dim, cost, soft ? 0.3 : kHard, kHard);
+      compare<double>(n, m, dim, cost, soft ? 0.3 : kHard, soft ? 0.7 : kHard);
     }
   }
   return check::verdict();
