@@ -70,7 +70,12 @@ class Blocks final : public c10::Allocator {
     bytes_in_use_ += bytes;
     most_in_use_ = std::max(most_in_use_, bytes_in_use_);
     if (memory) return memory;
-    memory = std::aligned_alloc(bytes % kHugePage == 0 ? kHugePage : kPage, bytes);
+    const size_t alignment = bytes % kHugePage == 0 ? kHugePage : kPage;
+    memory = std::aligned_alloc(alignment, bytes);
+    if (!memory) {
+      keep_at_most(0);
+      memory = std::aligned_alloc(alignment, bytes);
+    }
     if (!memory) {
       bytes_in_use_ -= bytes;
       TORCH_CHECK_WITH(OutOfMemoryError, false, "wgan_ext: no memory for a result of ", bytes, " bytes");

@@ -256,6 +256,25 @@ def test_scale_does_not_matter(exponent: int, rows: int, width: int, v_first: bo
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("v_first", [True, False])
+@pytest.mark.parametrize(("shape", "dim"), [((64, 64), 0), ((64, 32, 4, 4), 1), ((5, 70, 70), 1), ((64, 64), 1)])
+def test_first_rows_that_are_tiny(shape: tuple[int, ...], dim: int, v_first: bool, device: torch.device) -> None:
+    weight, u, v = (t.float() for t in operands(shape, dim, device))
+    weight[:2] *= 1e-40
+    weight.movedim(dim, 0)[:8] *= 1e-40
+    want = reference.spectral_norm(weight.double(), u.double(), v.double(), dim, 2, v_first)
+    got = _ops.spectral_norm(weight, u, v, dim, 2, 1e-12, v_first, *PLAIN)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_is_negative_is_not_small() -> None:
+    weight = -torch.eye(3)
+    unit = torch.tensor([1.0, 0.0, 0.0])
+    normalized = _ops.spectral_norm(weight, unit, unit, 0, 0, 1e-12, True, 0.5, True)[0]
+    torch.testing.assert_close(normalized.abs(), 0.5 * torch.eye(3))
+
+
 def test_iterations_find_the_largest_singular_value(device: torch.device) -> None:
     for v_first in (True, False):
         weight, u, v = operands((12, 5, 3), 1, device)
@@ -456,3 +475,10 @@ def test_pickles_of_a_whole_module() -> None:
     stream.seek(0)
     loaded = torch.load(stream, weights_only=False)
     torch.testing.assert_close(loaded.eval()(torch.ones(2, 4)), module.eval()(torch.ones(2, 4)))
+
+
+def test_a_sparse_gradient(device: torch.device) -> None:
+    theirs, ours = pair(lambda: nn.Embedding(5, 3, sparse=True).to(device))
+    for module in (theirs, ours):
+        module(torch.tensor([1, 1, 4], device=device)).sum().backward()
+    torch.testing.assert_close(ours.weight_orig.grad, theirs.weight_orig.grad)

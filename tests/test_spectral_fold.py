@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils import prune
 
 import wgan_ext
+from wgan_ext import _ops
 from wgan_ext.spectral_fold import FoldedSpectralNorm
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -92,15 +96,55 @@ def test_derivatives(name: str, device: torch.device) -> None:
     assert gradgradcheck(call, inputs)
 
 
-def test_the_backward_pass_reads_no_weight(device: torch.device) -> None:
-    """The gradient of a frozen layer's output is there, and that of its weight is G + g u v^T."""
+def test_the_gradient_of_the_weight_does_not_read_it(device: torch.device) -> None:
+    grad, u, v = (torch.randn(shape, device=device) for shape in ((4, 3), (4,), (3,)))
+    poisoned, sigma = torch.full((4, 3), torch.nan, device=device), torch.tensor(2.0, device=device)
+    got = _ops.spectral_norm_backward(grad, sigma, poisoned, u, v, sigma, 0, math.inf, True)
+    torch.testing.assert_close(got, grad + 2 * torch.outer(u, v))
+
+
+def test_a_frozen_weight(device: torch.device) -> None:
     plain, folded, x = pair("Linear", device)
-    folded.weight_orig.requires_grad_(False)
-    plain.weight_orig.requires_grad_(False)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    plain(a).sum().backward()
-    folded(b).sum().backward()
-    torch.testing.assert_close(a.grad, b.grad)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for module, i in zip((plain, folded), inputs, strict=True):
+        module.weight_orig.requires_grad_(False)
+        module(i).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+
+
+def test_threads_share_a_layer(device: torch.device) -> None:
+    plain, folded, x = pair("Linear", device)
+    want = plain.eval()(x)
+    folded.eval()
+
+    def run(_: int) -> bool:
+        with torch.no_grad():
+            return all(torch.allclose(folded(x), want) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+    torch.testing.assert_close(folded(x), want)
+
+
+def test_a_bias_that_is_computed(device: torch.device) -> None:
+    plain, folded, x = pair("Linear", device)
+    for module in (plain, folded):
+        prune.l1_unstructured(module, "bias", 2)
+    torch.testing.assert_close(plain(x), folded(x))
+
+
+def test_removal_by_another_name_changes_nothing(device: torch.device) -> None:
+    plain, folded, x = pair("Linear", device)
+    with pytest.raises(ValueError, match="not found"):
+        wgan_ext.remove_spectral_norm(folded, "other")
+    torch.testing.assert_close(plain(x), folded(x))
+
+
+def test_removal_by_torch(device: torch.device) -> None:
+    plain, folded, x = pair("ConvTranspose2d", device)
+    for module in (plain, folded):
+        torch.nn.utils.remove_spectral_norm(module)
+    torch.testing.assert_close(plain(x), folded(x))
 
 
 def test_copies_pickles_and_checkpoints(device: torch.device) -> None:
@@ -168,7 +212,7 @@ def test_transforms_and_engines(device: torch.device) -> None:
     )
     critics = [nn.Sequential(module, nn.Tanh(), nn.Flatten()) for module in (plain, folded)]
     torch.testing.assert_close(*[wgan_ext.gradient_penalty(critic, x, at="real") for critic in critics])
-    assert "forward hook" in str(wgan_ext.explain(critics[1], x))
+    assert "forward pre-hook" in str(wgan_ext.explain(critics[1], x))
 
 
 def test_autocast(device: torch.device) -> None:

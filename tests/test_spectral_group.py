@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import utils as torch_utils
 from torch.nn.utils import parametrizations as torch_parametrizations
@@ -220,6 +222,107 @@ def test_a_fused_part_of_a_fused_model(device: torch.device) -> None:
     assert_same(each, together)
     assert wgan_ext.fuse_spectral_norm_(together) == 6
     assert group_of(together.twice) is None
+
+
+def test_a_rule_that_is_replaced(device: torch.device) -> None:
+    model = nn.Sequential(wgan_ext.spectral_norm(nn.Linear(4, 4))).to(device)
+    wgan_ext.fuse_spectral_norm_(model)
+    x = torch.randn(2, 4, device=device)
+    model(x)
+    wgan_ext.spectral_norm(wgan_ext.remove_spectral_norm(model[0]), n_power_iterations=100, target=3.0)
+    model(x)
+    assert torch.linalg.matrix_norm(model[0].weight, 2).item() == pytest.approx(3, rel=1e-3)
+
+
+def test_forwards_that_read_the_weight_before_its_use(device: torch.device) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = wgan_ext.spectral_norm(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.to(self.layer.weight.dtype))
+
+    model = Reads().to(device)
+    wgan_ext.fuse_spectral_norm_(model)
+    for _ in range(3):
+        step(model, torch.randn(2, 4, device=device))
+
+
+def test_checkpointed_parts(device: torch.device) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (wgan_ext.spectral_norm(nn.Linear(4, 4)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.b, self.a(x).relu(), use_reentrant=False)
+
+    torch.manual_seed(0)
+    each = Checkpointed().to(device)
+    together = copy.deepcopy(each)
+    wgan_ext.fuse_spectral_norm_(together)
+    x = torch.randn(2, 4, device=device)
+    for _ in range(2):
+        assert torch.equal(step(each, x), step(together, x))
+    for p, q in zip(each.parameters(), together.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    assert all(map(torch.equal, each.state_dict().values(), together.state_dict().values()))
+
+
+def test_a_model_that_calls_itself(device: torch.device) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = wgan_ext.spectral_norm(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor, again: bool = True) -> Tensor:
+            h = self.layer(x)
+            return self(h, again=False) if again else h
+
+    torch.manual_seed(0)
+    each = Twice().to(device)
+    together = copy.deepcopy(each)
+    wgan_ext.fuse_spectral_norm_(together)
+    x = torch.randn(2, 4, device=device)
+    for _ in range(2):
+        assert torch.equal(each(x), together(x))
+    assert all(map(torch.equal, each.state_dict().values(), together.state_dict().values()))
+
+
+def test_threads_share_a_model(device: torch.device) -> None:
+    each, together = pair(wgan_ext.spectral_norm, device)
+    x = torch.randn(3, 2, 6, 6, device=device)
+    with torch.no_grad():
+        want = each.eval()(x)
+    together.eval()
+
+    def run(_: int) -> bool:
+        with torch.no_grad():
+            return all(torch.allclose(together(x), want, rtol=1e-4, atol=1e-5) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
+def test_tensors_of_inference_mode(device: torch.device) -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(wgan_ext.spectral_norm(nn.Linear(4, 4))).to(device)
+        wgan_ext.fuse_spectral_norm_(model)
+        model(torch.ones(4, device=device))
+
+
+def test_what_cannot_be_normalized_is_left_whole(device: torch.device) -> None:
+    _, together = pair(wgan_ext.spectral_norm, device)
+    x = torch.randn(3, 2, 6, 6, device=device)
+    step(together, x)
+    good = together.up.weight_u.data
+    together.up.weight_u.data = torch.zeros(1, device=device)
+    with pytest.raises(ValueError, match="u must have shape"):
+        together(x)
+    assert together.first.weight is not None
+    together.up.weight_u.data = good
+    together(x)
 
 
 def test_two_weights_of_a_module(device: torch.device) -> None:

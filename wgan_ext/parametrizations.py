@@ -40,7 +40,7 @@ class _SpectralNorm(_TorchSpectralNorm):
             return unit.to(weight.dtype)
         iterations = self.n_power_iterations if self.training else 0
         if not torch.compiler.is_compiling() and PENDING in self.__dict__:
-            found = take_pending(self, "weight", weight, iterations)
+            found = take_pending(self, self, "weight", weight, iterations)
             if found is not None:
                 return found
         buffers: dict[str, Any] = self._buffers  # found without the detour of Module.__getattr__

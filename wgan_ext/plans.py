@@ -25,11 +25,11 @@ from ._distributed import wrapped_layer
 from .spectral_group import group_of
 from .states import frozen, outside_variables, plain_attributes, state_of, value_of
 from .tracing import (
-    WEIGHT_HOOKS,
     Source,
     Step,
     Trace,
     frozen_weights,
+    is_weight_hook,
     leaves,
     map_leaves,
     same_random_numbers,
@@ -341,9 +341,9 @@ def _layers_together(plan: Plan, critic: nn.Module, hooks: bool) -> Iterator[Non
     """What the hooks of fused spectral norms do around a forward."""
     modules = [_module(plan, critic, path) for path in plan.trace.grouped] if hooks else []
     groups = [(group, module) for module in modules if (group := group_of(module)) is not None]
-    for group, module in groups:
-        group.begin(module)
     try:
+        for group, module in groups:
+            group.begin(module)
         yield
     finally:
         for group, module in groups:
@@ -364,7 +364,7 @@ def _read(
         for path in t.hooked:
             module = _module(plan, critic, path)
             for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, WEIGHT_HOOKS):
+                if is_weight_hook(hook):
                     hook(module, ())
     read: dict[Source, Tensor] = {}
     slots: list[Tensor] = []

@@ -120,7 +120,8 @@ def remove_spectral_norm(module: M, name: str = "weight") -> M:
         ValueError: the parameter is not normalized.
     """
     check_module("remove_spectral_norm", "module", module)
-    spectral_fold.unfold(module)
+    if name == "weight":  # the only one that is folded
+        spectral_fold.unfold(module)
     _torch_remove(module, name)
     for key, hook in module._load_state_dict_pre_hooks.items():
         load_hook = getattr(hook, "hook", hook)

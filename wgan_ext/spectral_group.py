@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,7 +18,15 @@ from torch.nn.utils.spectral_norm import SpectralNorm as _TorchHook
 from . import _ops, parametrizations
 from ._checks import check_count, check_module, check_number
 from ._distributed import refuse_sharded_weight
-from .spectral_hook import PENDING, Pending, Rule, SpectralNorm, wants_formula
+from .spectral_hook import (
+    PENDING,
+    Pending,
+    Rule,
+    SpectralNorm,
+    hooks_of_saved_tensors,
+    version_of,
+    wants_formula,
+)
 
 __all__ = ["SpectralNormGroup", "converge_spectral_norm_", "fuse_spectral_norm_"]
 
@@ -32,32 +41,40 @@ class _Layer(NamedTuple):
     v: str
     weights: nn.Module
     weight: str
+    installed: Callable[[], bool]  # whether the rule is still in force
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for key, hook in module._forward_pre_hooks.items():
             if type(hook) is SpectralNorm:
                 name = hook.name
-                yield _Layer(hook, module, name, name + "_u", name + "_v", module, name + "_orig")
+                still = functools.partial(_has_hook, module, key, hook)
+                yield _Layer(hook, module, name, name + "_u", name + "_v", module, name + "_orig", still)
         if parametrize.is_parametrized(module):
-            for chain in module.parametrizations.values():  # type: ignore[operator]
+            for name, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
                 rule = chain[0]  # the others are given what this one returns
                 if type(rule) is parametrizations._SpectralNorm and "_u" in rule._buffers:
-                    yield _Layer(rule, rule, "weight", "_u", "_v", chain, "original")
+                    still = functools.partial(_has_chain, module, name, chain)
+                    yield _Layer(rule, rule, "weight", "_u", "_v", chain, "original", still)
+
+
+def _has_hook(module: nn.Module, key: int, hook: object) -> bool:
+    return module._forward_pre_hooks.get(key) is hook
+
+
+def _has_chain(module: nn.Module, name: str, chain: object) -> bool:
+    parametrized = module._modules.get("parametrizations")
+    return parametrized is not None and parametrized._modules.get(name) is chain
 
 
 class SpectralNormGroup:
     """The hooks of a model whose layers are normalized together; see ``fuse_spectral_norm_``."""
 
-    def __init__(self) -> None:
-        self._found: tuple[weakref.ref[nn.Module], list[_Layer]] | None = None
+    _found: tuple[weakref.ref[nn.Module], list[_Layer]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._found = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNormGroup:
         memo[id(self)] = copied = SpectralNormGroup()  # once, for both hooks
@@ -66,7 +83,7 @@ class SpectralNormGroup:
     def _layers(self, model: nn.Module) -> list[_Layer]:
         """The model's normalized weights; replicas of a model share its hooks."""
         found = self._found
-        if found is None or found[0]() is not model:
+        if found is None or found[0]() is not model or not all(layer.installed() for layer in found[1]):
             found = self._found = weakref.ref(model), list(_layers(model))
         return found[1]
 
@@ -74,17 +91,17 @@ class SpectralNormGroup:
         """Find the normalized weight of each layer, as it would by itself, for its first use in this forward."""
         if torch.compiler.is_compiling() or wants_formula():
             return
+        layers = self._layers(model)
+        if any(PENDING in layer.owner.__dict__ for layer in layers):  # the model's forward calls the model
+            self.finish(model)
         by_device: dict[torch.device, _Group] = {}
-        for layer in self._layers(model):
+        for layer in layers:
             weight = layer.weights._parameters.get(layer.weight)
             u, v = layer.owner._buffers.get(layer.u), layer.owner._buffers.get(layer.v)
             if weight is None or u is None or v is None or weight.is_complex():
-                continue  # not normalized any more, or by torch's operators
+                continue  # a replica's attributes, or for torch's operators
             if type(weight) is not nn.Parameter:
                 refuse_sharded_weight("spectral_norm", weight)
-            last = layer.owner.__dict__.get(layer.name)
-            if last is not None and last.requires_grad and layer.owner.training:
-                layer.owner.__dict__[layer.name] = last = None  # its memory, still in cache, can serve the next
             by_device.setdefault(weight.device, []).append((layer, weight, u, v))
         for group in by_device.values():
             _find(group)
@@ -96,14 +113,12 @@ class SpectralNormGroup:
         buffers: list[Tensor] = []
         values: list[Tensor] = []
         for layer in self._layers(model):
-            attributes = layer.owner.__dict__
-            if PENDING in attributes:  # else the owner of several weights is done
-                for pending in attributes.pop(PENDING).values():
-                    if pending.taken and pending.iterations:
-                        buffers += (pending.old_u, pending.old_v)
-                        values += (pending.u, pending.v)
-            if attributes.get(layer.name, layer) is None:  # not used, unlike the last time
-                attributes[layer.name] = layer.rule.compute_weight(layer.owner, False)  # type: ignore[attr-defined]
+            for name, pending in layer.owner.__dict__.pop(PENDING, {}).items():
+                if pending.taken and pending.iterations:
+                    buffers += (pending.old_u, pending.old_v)
+                    values += (pending.u, pending.v)
+                elif layer.owner.__dict__.get(name) is pending.normalized:  # not used, unlike the last time
+                    layer.owner.__dict__[name] = layer.rule.compute_weight(layer.owner, False)  # type: ignore[attr-defined]
         if buffers:
             with torch.no_grad():
                 torch._foreach_copy_(buffers, values)
@@ -116,24 +131,50 @@ def _find(group: _Group) -> None:
     layers, weights, us, vs = map(list, zip(*group, strict=True))
     rules = [layer.rule for layer in layers]
     iterations = [layer.rule.n_power_iterations if layer.owner.training else 0 for layer in layers]
-    normalized, new_us, new_vs, _ = _ops.spectral_norm_group(
-        weights,
-        us,
-        vs,
-        [rule.dim for rule in rules],
-        iterations,
-        [rule.eps for rule in rules],
-        [rule.v_first for rule in rules],
-        [rule.target for rule in rules],
-        [rule.shrink_only for rule in rules],
-    )
-    for i, (layer, weight, u, v) in enumerate(group):
-        pending = Pending(normalized[i], new_us[i], new_vs[i], weight, weight._version, u, v, iterations[i])
+    replaced = []
+    for layer in layers:
         attributes = layer.owner.__dict__
+        last = attributes.get(layer.name)
+        if last is not None and last.requires_grad and layer.owner.training:
+            attributes[layer.name] = last = None  # its memory, still in cache, can serve the next
+            replaced.append(layer)
+    try:
+        normalized, new_us, new_vs, _ = _ops.spectral_norm_group(
+            weights,
+            us,
+            vs,
+            [rule.dim for rule in rules],
+            iterations,
+            [rule.eps for rule in rules],
+            [rule.v_first for rule in rules],
+            [rule.target for rule in rules],
+            [rule.shrink_only for rule in rules],
+        )
+    except BaseException:
+        for layer in replaced:
+            layer.owner.__dict__[layer.name] = layer.weights._parameters[layer.weight].data
+        raise
+    saving = hooks_of_saved_tensors()
+    for i, (layer, weight, u, v) in enumerate(group):
+        attributes = layer.owner.__dict__
+        pending = Pending(
+            normalized[i],
+            new_us[i],
+            new_vs[i],
+            layer.rule,
+            weight,
+            version_of(weight),
+            u,
+            v,
+            iterations[i],
+            saving,
+        )
         if PENDING in attributes:
             attributes[PENDING][layer.name] = pending
         else:
             attributes[PENDING] = {layer.name: pending}
+        if attributes.get(layer.name, weight) is None:
+            attributes[layer.name] = normalized[i]
 
 
 class _Begin:

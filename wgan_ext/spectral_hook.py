@@ -101,10 +101,10 @@ def _formula(rule: Rule, weight: Tensor, u: Tensor, v: Tensor, n_power_iteration
             constant, new_u, new_v = matrix.detach(), u.to(wide.dtype), v.to(wide.dtype)
             for _ in range(n_power_iterations):
                 if rule.v_first:
-                    new_v = _unit(torch.mv(constant.mH, new_u), new_v)
-                new_u = _unit(torch.mv(constant, new_v), new_u)
+                    new_v = unit(torch.mv(constant.mH, new_u), new_v)
+                new_u = unit(torch.mv(constant, new_v), new_u)
                 if not rule.v_first:
-                    new_v = _unit(torch.mv(constant.mH, new_u), new_v)
+                    new_v = unit(torch.mv(constant.mH, new_u), new_v)
             for buffer, vector in ((u, new_u), (v, new_v)):
                 torch.mul(vector, 1, out=buffer)  # a copy; to a captured tensor torch.func lets only out= write
     sigma = (new_u.conj() * torch.mv(matrix, new_v)).sum()
@@ -114,7 +114,7 @@ def _formula(rule: Rule, weight: Tensor, u: Tensor, v: Tensor, n_power_iteration
     return (wide / divisor).to(weight.dtype)
 
 
-def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
+def unit(x: Tensor, otherwise: Tensor) -> Tensor:
     """Return x / |x|, or the other vector where |x| is zero or not finite."""
     x = x / x.abs().sum()  # so that no square leaves the range of floating-point numbers; NaN for a vector of zeros
     norm = torch.linalg.vector_norm(x)
@@ -129,43 +129,63 @@ PENDING = "_spectral_norm_pending"
 class Pending:
     """A normalized weight that was found for a layer before its forward, and the vectors that are still to be stored.
 
-    It is good for one use of the layer, and only if that would find the same: the weight unchanged, and as many
-    iterations to be made.
+    It is good for one use of the layer, and only if that would find the same: by the same rule, with the weight
+    unchanged, as many iterations to be made, and tensors saved for backward in the same way, so that a checkpointed
+    part of a model saves the same when it is run again.
     """
 
     normalized: Tensor
     u: Tensor
     v: Tensor
+    rule: Rule
     weight: Tensor
     version: int
     old_u: Tensor
     old_v: Tensor
     iterations: int
+    saving: Any
     taken: bool = False
 
-    def serves(self, weight: Tensor, iterations: int) -> bool:
+    def serves(self, rule: Rule, weight: Tensor, iterations: int) -> bool:
         """Whether the layer would find the same now."""
         return (
             not self.taken
+            and rule is self.rule
             and weight is self.weight
-            and weight._version == self.version
+            and version_of(weight) == self.version
             and iterations == self.iterations
             and (self.normalized.requires_grad or not (weight.requires_grad and torch.is_grad_enabled()))
+            and self.saving == hooks_of_saved_tensors()
         )
 
+    def store(self) -> None:
+        """Bring the vectors of a use up to date."""
+        if self.taken and self.iterations:
+            with torch.no_grad():
+                torch._foreach_copy_((self.old_u, self.old_v), (self.u, self.v))
 
-def take_pending(owner: nn.Module, name: str, weight: Tensor, iterations: int) -> Tensor | None:
+
+def version_of(weight: Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode do not know."""
+    return -1 if weight.is_inference() else weight._version
+
+
+def hooks_of_saved_tensors() -> Any:
+    """The hooks through which autograd saves tensors now, as torch.utils.checkpoint sets them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def take_pending(rule: Rule, owner: nn.Module, name: str, weight: Tensor, iterations: int) -> Tensor | None:
     """Return the normalized weight that was found for this use of a layer, if there is one."""
-    pending: Pending | None = owner.__dict__[PENDING].get(name)
+    found: dict[str, Pending] = owner.__dict__.get(PENDING, {})
+    pending = found.get(name)
     if pending is None:
         return None
-    if pending.serves(weight, iterations):
+    if pending.serves(rule, weight, iterations):
         pending.taken = True
         return pending.normalized
-    del owner.__dict__[PENDING][name]
-    if pending.taken and pending.iterations:  # the layer is used again: its vectors go on from the first use
-        with torch.no_grad():
-            torch._foreach_copy_((pending.old_u, pending.old_v), (pending.u, pending.v))
+    found.pop(name, None)
+    pending.store()  # if the layer is used again, its vectors go on from the first use
     return None
 
 
@@ -189,7 +209,7 @@ class SpectralNorm(_TorchSpectralNorm):
             weight = getattr(module, name + "_orig")
         iterations = self.n_power_iterations if do_power_iteration else 0
         if not torch.compiler.is_compiling() and PENDING in module.__dict__:
-            found = take_pending(module, name, weight, iterations)
+            found = take_pending(self, module, name, weight, iterations)
             if found is not None:
                 return found
         return normalized_weight(self, weight, buffers[name + "_u"], buffers[name + "_v"], iterations)

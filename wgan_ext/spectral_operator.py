@@ -18,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, Spect
 from ._checks import accumulation_dtype
 from .norms import largest_singular
 from .operators import LayerMap, map_of, output_dim
-from .spectral_hook import SpectralNorm
+from .spectral_hook import SpectralNorm, unit
 
 __all__ = ["OperatorSpectralNorm", "normalize_operator"]
 
@@ -35,19 +35,14 @@ def power_iteration(layer: LayerMap, weight: Tensor, u: Tensor, v: Tensor, itera
     """
     with torch.no_grad():
         for _ in range(iterations):
-            v = _unit(layer.adjoint(weight, u[None])[0], v)
-            u = _unit(layer.apply(weight, v[None])[0], u)
+            v = unit(layer.adjoint(weight, u[None])[0], v)
+            u = unit(layer.apply(weight, v[None])[0], u)
     return u, v
 
 
 def sigma_of(layer: LayerMap, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """<u, A v>, differentiable to any order in the weight, u and v being constants."""
     return (u * layer.apply(weight, v[None])[0]).sum()
-
-
-def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x)
-    return torch.where((norm > 0) & norm.isfinite(), x / norm, otherwise)
 
 
 class OperatorSpectralNorm(SpectralNorm):
@@ -70,8 +65,10 @@ class OperatorSpectralNorm(SpectralNorm):
                     buffers[0].copy_(u)
                     buffers[1].copy_(v)
             sigma = sigma_of(self.layer, wide, u, v)
-            sigma = torch.where(sigma != 0, sigma, self.eps) / self.target
-            return (wide / (sigma.clamp_min(1) if self.shrink_only else sigma)).to(weight.dtype)
+            divisor = torch.where(sigma != 0, sigma, self.eps) / self.target
+            if self.shrink_only:
+                divisor = torch.where(sigma.abs() <= self.target, 1.0, divisor)
+            return (wide / divisor).to(weight.dtype)
 
     def reshape_weight_to_matrix(self, weight: Tensor) -> Tensor:
         """The weight itself: torch's hooks for old checkpoints hand it to ``_solve_v_and_rescale``."""
@@ -130,4 +127,4 @@ def _start(layer: LayerMap, weight: Tensor) -> tuple[Tensor, Tensor]:
         return u, v
     found = largest_singular(layer, weight, tol=1e-3, max_iter=200)
     random: list[Any] = [t.normal_() / torch.linalg.vector_norm(t) for t in (u, v)]
-    return _unit(found.left[0], random[0]).to(weight.dtype), _unit(found.right[0], random[1]).to(weight.dtype)
+    return unit(found.left[0], random[0]).to(weight.dtype), unit(found.right[0], random[1]).to(weight.dtype)

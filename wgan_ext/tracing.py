@@ -28,10 +28,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ._ops import Kind
+from .spectral_fold import FoldedSpectralNorm
 from .spectral_group import group_of, is_group_hook
 
-# Forward pre-hooks that only set a parameter of their module, whatever its input: the engine runs them itself.
-WEIGHT_HOOKS = (SpectralNorm, WeightNorm)
+
+def is_weight_hook(hook: object) -> bool:
+    """Whether a forward pre-hook only sets a weight of its module, whatever its input: the engine runs it itself."""
+    return isinstance(hook, (SpectralNorm, WeightNorm)) and not isinstance(hook, FoldedSpectralNorm)
 
 
 Source: TypeAlias = tuple[str, Any, Any]
@@ -147,7 +150,7 @@ def hooked(module: nn.Module) -> str:
         return "has a forward hook"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has a backward hook"
-    if not all(isinstance(hook, WEIGHT_HOOKS) or is_group_hook(hook) for hook in module._forward_pre_hooks.values()):
+    if not all(is_weight_hook(hook) or is_group_hook(hook) for hook in module._forward_pre_hooks.values()):
         return "has a forward pre-hook"
     return ""
 
@@ -178,7 +181,7 @@ def frozen_weights(critic: nn.Module) -> Iterator[dict[nn.Module, bool]]:
                 if parametrize.is_parametrized(module):
                     undo.append(_freeze_parametrizations(module))
                     computed[module] = False
-                if any(isinstance(hook, WEIGHT_HOOKS) for hook in module._forward_pre_hooks.values()):
+                if any(is_weight_hook(hook) for hook in module._forward_pre_hooks.values()):
                     undo.append(_freeze_hooks(module))
                     computed[module] = True
         yield computed
@@ -264,7 +267,7 @@ def _set_group_aside(module: nn.Module) -> Callable[[], None]:
 def _freeze_hooks(module: nn.Module) -> Callable[[], None]:
     hooks, attributes = dict(module._forward_pre_hooks), dict(module.__dict__)
     for key, hook in hooks.items():
-        if isinstance(hook, WEIGHT_HOOKS):
+        if is_weight_hook(hook):
             hook(module, ())
             del module._forward_pre_hooks[key]
 

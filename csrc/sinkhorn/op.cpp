@@ -42,6 +42,7 @@
 #include "../backend.h"
 #include "../checks.h"
 #include "../parallel.h"
+#include "../results.h"
 #include "kernels.h"
 
 namespace wgan_ext::sinkhorn {

@@ -287,12 +287,15 @@ bool narrow(Shape s) { return s.outer > 1 && s.inner < kNarrow; }
 template <typename T>
 struct Scale {
   T value = 0, inverse = 1;  // value is 0 while all that was seen is 0
-  WGAN_EXT_INLINE void see(const T* x, int64_t n) {
-    if (value > 0) return;
+
+  // Looks at the next of that product; returns what the sums so far are to be multiplied with, as the scale has risen.
+  WGAN_EXT_INLINE T see(const T* x, int64_t n) {
     const double length = norm(x, n);
-    if (length == 0) return;
+    if (!(length > 0x1p24 * value) || !(length < HUGE_VAL)) return 1;
+    const T before = value;
     value = power_of_two<T>(length);
     inverse = 1 / value;
+    return before > 0 ? before * inverse : 1;
   }
 };
 
@@ -406,7 +409,8 @@ struct Pass {
         fill_zero(lane, n * Vec<T>::size);
         add_rows(a, shape.inner, n, shape.inner, v, lane);
         fold_lanes(lane, n, t + r);
-        scale.see(t + r, n);
+        const T less = scale.see(t + r, n);
+        if (less != 1) multiply(sums, shape.inner, less, sums);
         multiply(t + r, n, scale.inverse, scaled);
         add_columns(a, shape.inner, n, shape.inner, scaled, sums);
       }
@@ -446,7 +450,8 @@ struct Pass {
         }
         if (t && x) add(a, inner, x + column);
         if (!t || x) continue;
-        scale.see(s + column, inner);
+        const T less = scale.see(s + column, inner);
+        if (less != 1) multiply(sums, sums_size(), less, sums);
         constexpr int64_t kTile = 1024;
         T scaled[kTile];
         for (int64_t c = 0; c < inner; c += kTile) {

@@ -552,7 +552,8 @@ template <typename T, int P>
 void backward_packs(const T* grad, const T* grad_sigma, const T* weight, Shape shape, const T* u, const T* v,
                     const T* sigma, Target target, T* grad_weight, const Scratch<T>& scratch, Stream stream) {
   const int64_t n = elements(shape);
-  if (grad)
+  const bool may_be_active = !target.shrink_only || target.norm < HUGE_VAL;
+  if (grad && may_be_active)
     WGAN_EXT_LAUNCH((inner_product_kernel<T, P>), dim3(static_cast<unsigned>(at_most(loop_blocks(n, P), kBlocks))),
                     kThreads, 0, stream, grad, weight, n, scratch.product, scratch.shared.sums, scratch.shared.tickets);
   WGAN_EXT_LAUNCH((gradient_kernel<T, P>), dim3(loop_blocks(n, P)), kThreads, 0, stream, grad, grad_sigma,

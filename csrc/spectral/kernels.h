@@ -24,7 +24,9 @@ struct Target {
   bool shrink_only;
 };
 
-WGAN_EXT_FORMULA bool is_active(Target target, double sigma) { return !(target.shrink_only && sigma <= target.norm); }
+WGAN_EXT_FORMULA bool is_active(Target target, double sigma) {
+  return !(target.shrink_only && sigma <= target.norm && -sigma <= target.norm);
+}
 
 WGAN_EXT_FORMULA double divisor(Target target, double sigma) {
   return is_active(target, sigma) ? sigma / target.norm : 1.0;

@@ -310,7 +310,8 @@ struct Attach : torch::autograd::Function<Attach> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(5);
-    const Tensor grad = grads.size() > 1 ? grads[1] : Tensor();
+    Tensor grad = grads.size() > 1 ? grads[1] : Tensor();
+    if (grad.defined() && grad.layout() != at::kStrided) grad = grad.to_dense();  // as of an embedding
     if (!grads[0].defined() && !grad.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     result[0] = call_backward(if_defined(grad), if_defined(grads[0]), saved[0], saved[1], saved[2], saved[3],
@@ -357,9 +358,14 @@ struct NormalizeBackward : torch::autograd::Function<NormalizeBackward> {
     if (grad.defined()) {
       const double target = ctx->saved_data["target"].toDouble();
       const bool shrink_only = ctx->saved_data["shrink_only"].toBool();
+      if (shrink_only && target == HUGE_VAL) {  // D = G + g u v^T
+        result[0] = h;
+        if (ctx->saved_data["with_grad_sigma"].toBool()) result[1] = q.to(saved[4].scalar_type());
+        return result;
+      }
       Tensor d = saved[4].to(weight.scalar_type()) / target, slope = at::full_like(d, 1 / target);
       if (shrink_only) {
-        const Tensor stays = saved[4] <= target;
+        const Tensor stays = saved[4].abs() <= target;
         d = at::where(stays, at::ones_like(d), d);
         slope = at::where(stays, at::zeros_like(d), slope);
       }
