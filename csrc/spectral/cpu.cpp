@@ -608,6 +608,7 @@ void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, 
     backward(grad, grad_sigma, weight, by_rows(shape), v, u, sigma, target, grad_weight, scratch, stream);
     return;
   }
+  shape = by_rows(shape);
   const double inverse = 1 / divisor(target, *sigma);
   double coefficient = grad_sigma ? *grad_sigma : 0;
   const Pass<T> pass{weight, shape};

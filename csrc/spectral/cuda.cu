@@ -567,6 +567,7 @@ void backward(const T* grad, const T* grad_sigma, const T* weight, Shape shape, 
     backward(grad, grad_sigma, weight, by_rows(shape), v, u, sigma, target, grad_weight, scratch, stream);
     return;
   }
+  shape = by_rows(shape);
   Cutter cutter(scratch);
   unsigned* tickets = take_tickets(tickets_of(shape), cutter, stream);
   const Scratch<T> pieces(shape, tickets, cutter);

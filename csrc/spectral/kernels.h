@@ -48,15 +48,20 @@ struct Job {
   T *normalized, *u, *v, *sigma;
 };
 
-// A weight stored by columns ([outer, rows, 1]) is the transposed matrix stored by rows.
-WGAN_EXT_FORMULA bool is_transposed(Shape s) { return s.inner == 1 && s.outer > 1; }
-WGAN_EXT_FORMULA Shape by_rows(Shape s) { return is_transposed(s) ? Shape{1, s.outer, s.rows} : s; }
+// A weight stored by columns ([outer, rows, 1]), a single one also, is the transposed matrix stored by rows.
+WGAN_EXT_FORMULA bool is_transposed(Shape s) { return s.inner == 1 && s.rows > 1; }
+WGAN_EXT_FORMULA Shape by_rows(Shape s) {
+  if (s.inner != 1) return s;
+  return s.rows == 1 ? Shape{1, 1, s.outer} : Shape{1, s.outer, s.rows};
+}
 
 template <typename T>
 WGAN_EXT_FORMULA Job<T> by_rows(Job<T> job) {
-  if (!is_transposed(job.shape)) return job;
-  return {job.weight, by_rows(job.shape), job.v0,         job.u0, job.iterations, !job.v_first,
-          job.eps,    job.target,         job.normalized, job.v,  job.u,          job.sigma};
+  const bool transpose = is_transposed(job.shape);
+  job.shape = by_rows(job.shape);
+  if (!transpose) return job;
+  return {job.weight, job.shape,  job.v0,         job.u0, job.iterations, !job.v_first,
+          job.eps,    job.target, job.normalized, job.v,  job.u,          job.sigma};
 }
 
 template <typename T>
