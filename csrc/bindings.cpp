@@ -77,6 +77,7 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("sinkhorn_matrix_gradient(Tensor C, Tensor? a, Tensor? b, Tensor f, Tensor g, Tensor epsilon) -> Tensor");
   m.def("sinkhorn_transport(Tensor values, Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> Tensor");
   m.def("sinkhorn_softmin(Tensor x, Tensor y, Tensor? b, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
+  m.def("sinkhorn_softmin_gradient(Tensor x, Tensor y, Tensor? b, Tensor f, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
   // clang-format on
 }
 

@@ -173,6 +173,7 @@ WGAN_EXT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #define WGAN_EXT_NATIVE_DOUBLE __m128d
 #endif
 
+// least and greatest return the second of two registers' elements where either is NaN.
 #if defined(WGAN_EXT_NATIVE)
 #define WGAN_EXT_NATIVE_OPERATIONS(T, Native, suffix)                                          \
   WGAN_EXT_INLINE Vec<T> least(Vec<T> a, Vec<T> b) {                                           \
@@ -268,7 +269,7 @@ WGAN_EXT_INLINE Vec<T> exp2(Vec<T> x) {
   }
 #else
   using Constants = Binary<T>;
-  x = least(greatest(x, Vec<T>::fill(Constants::least)), Vec<T>::fill(Constants::most));
+  x = least(Vec<T>::fill(Constants::most), greatest(Vec<T>::fill(Constants::least), x));  // NaN stays
   const Vec<T> shifted = x + Vec<T>::fill(Constants::rounder);  // the low bits of the mantissa now hold round(x)
   const Vec<T> rest = x - (shifted - Vec<T>::fill(Constants::rounder));
   const Vec<T> fraction = polynomial(Constants::exp2, rest);

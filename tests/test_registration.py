@@ -205,6 +205,11 @@ def sinkhorn_softmin_samples(device: torch.device) -> list[tuple[Any, ...]]:
     return [(x.requires_grad_(), y, b, g, epsilon, "sqeuclidean", 2.0)]
 
 
+def sinkhorn_softmin_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, _, b, f, g, epsilon = sinkhorn_held(device)
+    return [(x, y, b, f, g, epsilon, "euclidean", 1.0)]
+
+
 SAMPLES["sinkhorn"] = sinkhorn_samples
 SAMPLES["sinkhorn_divergence"] = sinkhorn_divergence_samples
 SAMPLES["sinkhorn_matrix"] = sinkhorn_matrix_samples
@@ -213,6 +218,7 @@ SAMPLES["sinkhorn_weight_gradient"] = sinkhorn_weight_gradient_samples
 SAMPLES["sinkhorn_matrix_gradient"] = sinkhorn_matrix_gradient_samples
 SAMPLES["sinkhorn_transport"] = sinkhorn_transport_samples
 SAMPLES["sinkhorn_softmin"] = sinkhorn_softmin_samples
+SAMPLES["sinkhorn_softmin_gradient"] = sinkhorn_softmin_gradient_samples
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))

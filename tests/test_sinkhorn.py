@@ -713,6 +713,53 @@ def test_costs_in_memory_give_what_costs_computed_again_give(
         assert divergence.item() == 0
 
 
+@pytest.mark.parametrize("reach", [1e4, 1e5, 1e7, 1e12])
+def test_a_reach_beyond_all_points_is_none(reach: float, device: torch.device) -> None:
+    for n, m in ((500, 300), (1000, 4097)):
+        x, y = torch.randn(n, 2, device=device), torch.randn(m, 2, device=device)
+        soft, hard = (sinkhorn(x, y, epsilon=0.1, reach=r) for r in (reach, None))
+        assert soft.converged
+        assert soft.value.item() == pytest.approx(hard.value.item(), rel=1e-4)
+        assert soft.iterations <= 2 * hard.iterations
+        assert torch.allclose(soft.plan.sum(-1), hard.plan.sum(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.05, 0.3])
+@pytest.mark.parametrize("dim", [2, 20])
+def test_a_small_power_is_zero_at_distance_zero(power: float, dim: int, device: torch.device) -> None:
+    x, y = torch.randn(40, dim, device=device), torch.randn(30, dim, device=device)
+    y[:10] = x[:10]
+    got = sinkhorn(x, y, cost=power, epsilon=0.1, tol=1e-5)
+    C = reference.transport_cost_matrix(x.double(), y.double(), power)
+    want = sinkhorn_matrix(C, epsilon=0.1, tol=1e-9)
+    assert got.value.item() == pytest.approx(want.value.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("cost", ["half_sqeuclidean", "cosine", "dot"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mapped_half_points_are_computed_in_float(cost: Any, dtype: torch.dtype, device: torch.device) -> None:
+    x, y = torch.randn(40, 3, device=device).to(dtype), torch.randn(30, 3, device=device).to(dtype)
+    got, want = (sinkhorn(x.to(t), y.to(t), cost=cost, epsilon=0.3) for t in (dtype, torch.float32))
+    assert got.value.dtype == torch.float32
+    assert torch.equal(got.value, want.value)
+
+
+def test_dot_of_far_points_keeps_its_digits(device: torch.device) -> None:
+    x, y = torch.rand(40, 3, device=device), torch.rand(30, 3, device=device) + 1e6
+    got = sinkhorn(x, y, cost="dot", epsilon=0.1)
+    want = -(x.double() @ y.double().mean(0)).mean()  # up to the plan's part, of order 1
+    assert got.value.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_masses_not_quite_equal(device: torch.device) -> None:
+    (x, a), (y, b) = cloud(40, 2, device, torch.float32), cloud(30, 2, device, torch.float32)
+    b = b * (1 + 5e-5)
+    plan = sinkhorn(x, y, a, b, epsilon=0.1, tol=1e-5).plan
+    values = torch.ones(30, device=device)
+    assert torch.allclose(plan @ values, plan.dense() @ values, rtol=1e-5)
+    assert torch.allclose(plan.T.sum(-2), plan.sum(-1), rtol=1e-5)
+
+
 # The plan
 
 
@@ -765,6 +812,34 @@ def test_potentials_at_new_points(cost: Any, device: torch.device) -> None:
         assert torch.allclose(result.plan.T.potential(y), result.g, atol=1e-9)
         points = torch.rand(5, 3, dtype=DOUBLE, device=device, requires_grad=True)
         assert torch.autograd.gradcheck(result.plan.potential, points, atol=1e-6)
+
+
+def test_a_new_point_moves_no_others_potential(device: torch.device) -> None:
+    x, y = torch.randn(60, 3, device=device), torch.randn(50, 3, device=device) + 1
+    plan = sinkhorn(x, y, epsilon=0.5).plan
+    near, far = x[:3].clone().requires_grad_(), torch.full((3, 3), 1e5, device=device)
+    alone, among = plan.potential(near), plan.potential(torch.cat([near, far]))[:3]
+    assert torch.equal(alone, among)
+    gradients = [torch.autograd.grad(f.sum(), near)[0] for f in (alone, among)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("cost", [*COSTS, "matrix"])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_barycentric_map_of_rows_without_weight(cost: str, dtype: torch.dtype, device: torch.device) -> None:
+    (x, a), (y, b) = cloud(60, 2, device, dtype), cloud(50, 2, device, dtype)
+    a[::3] = 0
+    a /= a.sum()
+    options: dict[str, Any] = {"epsilon": 0.1, "tol": 1e-5}
+    if cost == "matrix":
+        result = sinkhorn_matrix(torch.cdist(x, y), a, b, targets=y, **options)
+        C = torch.cdist(x, y).double()
+    else:
+        result = sinkhorn(x, y, a, b, cost=cost, **options)
+        C = reference.transport_cost_matrix(x.double(), y.double(), cost)
+    rows = ((result.g.double() - C) / 0.1 + b.double().log()).softmax(1)
+    want = (rows @ y.double()).to(dtype)
+    assert torch.allclose(result.plan.barycentric_map(), want, atol=1e-4 if dtype == torch.float32 else 1e-12)
 
 
 # GeomLoss's interface
@@ -920,6 +995,46 @@ def test_refusals(device: torch.device) -> None:
         sinkhorn(x, y, init=(a, a))
 
 
+def test_refusals_of_functions_matrices_and_plans(device: torch.device) -> None:
+    x, y = torch.rand(5, 2, device=device), torch.rand(4, 2, device=device)
+    f = torch.rand(5, device=device)
+
+    def transposed(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cdist(y, x)
+
+    for function, name in ((sinkhorn, "sinkhorn"), (sinkhorn_divergence, "sinkhorn_divergence")):
+        with pytest.raises(ValueError, match=rf"{name}: the result of cost must have shape \[5, 4\], got \[4, 5\]"):
+            function(x, y, cost=transposed, epsilon=0.1)
+        with pytest.raises(TypeError, match=f"{name}: the result of cost must be a tensor, got float"):
+            function(x, y, cost=lambda *_: 1.0, epsilon=0.1)
+        with pytest.raises(ValueError, match=f"{name}: reach must be positive"):
+            function(x, y, cost=torch.cdist, epsilon=0.1, reach=-1.0)
+        with pytest.raises(ValueError, match=rf"{name}: cost must be one of .* got \['l1'\]"):
+            function(x, y, cost=["l1"])
+    with pytest.raises(ValueError, match=r"sinkhorn: init g must have shape \[4\], got \[5\]"):
+        sinkhorn(x, y, cost="dot", init=(f, f))
+    C = torch.cdist(x, y)
+    with pytest.raises(TypeError, match="sinkhorn_matrix: targets must be a tensor"):
+        sinkhorn_matrix(C, targets=1.0)
+    with pytest.raises(ValueError, match=r"sinkhorn_matrix: targets must be the points of the columns of C"):
+        sinkhorn_matrix(C, targets=x)
+    plan = sinkhorn(x, y).plan
+    with pytest.raises(ValueError, match="TransportPlan: points must have the batch and the dimension of the plan"):
+        plan.potential(x[:, :1])
+    with pytest.raises(TypeError, match="TransportPlan: points must have the dtype of the plan"):
+        plan.potential(x.double())
+
+
+def test_plan_of_a_function_goes_both_ways(device: torch.device) -> None:
+    x, y = torch.rand(50, 2, device=device), torch.rand(40, 2, device=device)
+    got, want = (sinkhorn(x, y, cost=cost, epsilon=0.1, tol=1e-5).plan for cost in (torch.cdist, "euclidean"))
+    assert torch.allclose(got.T.barycentric_map(), want.T.barycentric_map(), atol=1e-4)
+    ones = torch.ones(40, device=device)
+    half = got @ ones.bfloat16()
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, (got @ ones).bfloat16())
+
+
 def test_bad_values_are_refused_on_the_cpu() -> None:
     x, y = torch.rand(5, 2), torch.rand(4, 2)
     a = torch.full((5,), 0.2)
@@ -935,3 +1050,26 @@ def test_bad_values_are_refused_on_the_cpu() -> None:
         sinkhorn_divergence(x / 0, y)
     with pytest.raises(ValueError, match="init f must be finite"):
         sinkhorn(x, y, init=(a * math.inf, y[:, 0]))
+    for function in (sinkhorn, sinkhorn_divergence):
+        with pytest.raises(ValueError, match="x must be points whose squares do not overflow Float"):
+            function(x * 1e20, y)
+        with pytest.raises(ValueError, match="y must be points whose squares do not overflow Double"):
+            function(x.double(), y.double() * 1e200)
+        with pytest.raises(ValueError, match="x and y must be points whose squares do not overflow Float"):
+            function(x, y * 1e20, cost="euclidean")
+
+
+def test_nan_is_no_convergence(device: torch.device) -> None:
+    x, y = torch.randn(60, 3, device=device), torch.randn(50, 3, device=device) + 1
+    costs = torch.full((60, 50), 1e38, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = [
+            sinkhorn(x * 1e-20, y * 1e-20, max_iter=20),
+            sinkhorn(x, y, init=(1e30 * x[:, 0], 1e30 * y[:, 0]), max_iter=20),
+            sinkhorn_matrix(costs, epsilon=1e-3, max_iter=20),
+        ]
+    for result in results:
+        assert not result.converged or torch.isfinite(result.value)
+    with pytest.warns(UserWarning, match="not converged") if device.type == "cpu" else warnings.catch_warnings():
+        assert not sinkhorn(x * 1e-20, y * 1e-20, max_iter=20).converged

@@ -168,8 +168,17 @@ def _sinkhorn_type(x: Tensor) -> torch.dtype:
 
 
 @_register_fake("wgan_ext::sinkhorn")
+def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    value, *rest = _sinkhorn_result(x, y)
+    return (value.double(), *rest)
+
+
 @_register_fake("wgan_ext::sinkhorn_divergence")
 def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return _sinkhorn_result(x, y)
+
+
+def _sinkhorn_result(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     value = x.new_empty(x.shape[:-2], dtype=_sinkhorn_type(x))
     f, g = value.new_empty(x.shape[:-1]), value.new_empty(y.shape[:-1])
     return (value, f, g, f.clone(), g.clone(), *_sinkhorn_facts(value))
@@ -190,6 +199,7 @@ def _sinkhorn_facts(value: Tensor) -> tuple[Tensor, ...]:
 
 @_register_fake("wgan_ext::sinkhorn_gradient")
 @_register_fake("wgan_ext::sinkhorn_matrix_gradient")
+@_register_fake("wgan_ext::sinkhorn_softmin_gradient")
 def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ._checks import accumulation_dtype
+
 __all__ = ["Cost", "CostName", "Ground", "ground"]
 
 CostName: TypeAlias = Literal["sqeuclidean", "half_sqeuclidean", "euclidean", "l1", "cosine", "dot"]
@@ -19,12 +21,17 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Half precision would round the results."""
+    return x.to(accumulation_dtype(x.dtype))
+
+
 def _halved(x: Tensor) -> Tensor:
-    return x * math.sqrt(0.5)
+    return _wide(x) * math.sqrt(0.5)
 
 
 def _normalized(x: Tensor) -> Tensor:
-    return _halved(torch.nn.functional.normalize(x, dim=-1))
+    return _halved(torch.nn.functional.normalize(_wide(x), dim=-1))
 
 
 class Ground(NamedTuple):
@@ -38,7 +45,7 @@ class Ground(NamedTuple):
     rho: Callable[[float], float]
     """The cost of a move over a distance: the weight of the penalty on a marginal from a reach."""
     offset: Callable[[Tensor], Tensor] | None = None
-    """Shape of the points without their last dimension; the potentials absorb it."""
+    """Shape of the points without their last dimension, float64; the potentials absorb it."""
 
 
 _GROUNDS = {
@@ -47,7 +54,7 @@ _GROUNDS = {
     "euclidean": Ground("euclidean", 1.0, _same, lambda r: r),
     "l1": Ground("l1", 1.0, _same, lambda r: r),
     "cosine": Ground("sqeuclidean", 2.0, _normalized, lambda r: r),
-    "dot": Ground("sqeuclidean", 2.0, _halved, lambda r: r, lambda x: x.square().sum(-1) / 2),
+    "dot": Ground("sqeuclidean", 2.0, _halved, lambda r: r, lambda x: _halved(x).double().square().sum(-1)),
 }
 
 
@@ -60,7 +67,7 @@ def ground(function: str, cost: Any) -> Ground:
             return _GROUNDS["euclidean" if cost == 1 else "sqeuclidean"]
         power = float(cost)
         return Ground("power", power, _same, lambda r: r**power)
-    if cost not in _GROUNDS:
+    if not isinstance(cost, str) or cost not in _GROUNDS:
         names = ", ".join(f'"{name}"' for name in _GROUNDS)
         raise ValueError(f"{function}: cost must be one of {names}, or a power of the distance, got {cost!r}")
     return _GROUNDS[cost]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -82,8 +83,9 @@ def sinkhorn(
     "sqeuclidean", |x-y|^2 (no half); "half_sqeuclidean"; "euclidean", |x-y|; "l1"; "cosine", 1 - cos(x, y); "dot",
     -x.y; a number p > 0 for |x-y|^p; or a function of x and y that returns the (B,) N x M matrix of costs.
 
-    ``epsilon`` is in units of the cost; by default 0.05 times the mean cost (where that has no closed form, times the
-    cost at the root mean square distance), detached. ``reach`` lets mass appear and vanish rather than move further:
+    ``epsilon`` is in units of the cost; by default, detached, 0.05 times the magnitude of the mean cost ("dot": of
+    "half_sqeuclidean"), for powers of the distance that of the cost at its root mean square, for "l1" that of the root
+    mean square distance times sqrt(D). ``reach`` lets mass appear and vanish rather than move further:
     the marginals, instead of being kept, cost rho KL(P 1 | a) and rho KL(P^T 1 | b), where rho is the cost of a move
     over the distance ``reach`` (cosine and functions: rho is ``reach`` itself). A pair gives each side its own, and
     None in it keeps that side's marginal. Without reach both weights must have the same sum.
@@ -92,8 +94,8 @@ def sinkhorn(
     the L1 marginal error ``tol``, or after ``max_iter`` iterations, with a warning on the CPU (on CUDA, read
     ``converged``); ``tol=0.0`` runs exactly ``max_iter``. ``relaxation`` is the factor of over-relaxation, 1.0 for
     none. ``init`` holds potentials (f, g) to start from, at the target epsilon. On the CPU the costs of points in 16
-    dimensions and more are kept in a matrix if it takes no more than ``memory_limit`` bytes; else they are computed
-    again in every pass.
+    dimensions and more are kept in a matrix if it takes no more than ``memory_limit`` bytes, which stay with the
+    process for the next solve until ``wgan_ext.empty_cache()``; else they are computed again in every pass.
 
     Computed in float64 for float64 points, else in float32. Differentiable once in x, y, a and b: the partial
     derivatives of the dual at the returned potentials (envelope theorem), those of the weights up to a constant where
@@ -107,15 +109,15 @@ def sinkhorn(
     _check_init(function, init, x)
     f, g = (None, None) if init is None else init
     if callable(cost):
-        return sinkhorn_matrix(
-            cost(x, y), a, b, epsilon=epsilon, reach=reach, scaling=scaling, tol=tol, max_iter=max_iter,
-            relaxation=relaxation, init=init, targets=y,
-        )  # fmt: skip
+        options = Options(epsilon, reach, scaling, tol, max_iter, factor)
+        return _solve_matrix(function, _costs(function, cost, x, y), a, b, options, (f, g), (x.detach(), y.detach()))
     space = ground(function, cost)
     rho_x, rho_y = _rho(function, reach, space)
     a, b = _batch_weights(x, a), _batch_weights(y, b)
     offsets = None if space.offset is None else (space.offset(x), space.offset(y))
     if offsets is not None and f is not None and g is not None:
+        _check_shape(function, "init f", f, offsets[0].shape)
+        _check_shape(function, "init g", g, offsets[1].shape)
         f, g = f + offsets[0].detach(), g + offsets[1].detach()
     points = space.points(x), space.points(y)
     value, f, g, centred_f, centred_g, marginal_error, iterations, converged, used = _ops.sinkhorn(
@@ -133,8 +135,9 @@ def sinkhorn(
         ends=(x.detach(), y.detach()),
     )
     if offsets is not None:
-        value = value - sum(_integral(offset, w).to(value.dtype) for offset, w in zip(offsets, (a, b), strict=True))
-        f, g = f - offsets[0].detach(), g - offsets[1].detach()
+        value = value - sum(_integral(offset, w) for offset, w in zip(offsets, (a, b), strict=True))
+        f, g = ((t - offset.detach()).to(t.dtype) for t, offset in zip((f, g), offsets, strict=True))
+    value = value.to(f.dtype)
     return SinkhornResult(value, f, g, marginal_error, iterations, converged, used, plan)
 
 
@@ -156,23 +159,23 @@ def sinkhorn_divergence(
     """Debiased Sinkhorn divergence OT(x, y) - OT(x, x)/2 - OT(y, y)/2 (Feydy et al. 2019), shape () or (B,).
 
     Arguments, derivatives and errors are those of :func:`sinkhorn`; one epsilon serves the three terms, and must be
-    given where the cost is a function. With ``reach``
-    it includes epsilon/2 (sum of a - sum of b)^2 (Sejourne et al. 2019). Zero bit for bit, gradient included, when the
-    two clouds are equal; a cloud and its translate by t are |t|^2 apart (squared cost, balanced). It is not negative at
-    convergence; stopped at ``tol`` it can fall below zero by the error of its terms.
+    given where the cost is a function. With ``reach`` it includes epsilon/2 (sum of a - sum of b)^2 (Sejourne et al.
+    2019). Zero bit for bit when the two clouds are equal, and so is its gradient, but for a cost given by a function,
+    whose gradient vanishes to ``tol``. A cloud and its translate by t are |t|^2 apart (squared cost, balanced). It is
+    not negative at convergence; stopped at ``tol`` it can fall below zero by the error of its terms.
     """
     function = "sinkhorn_divergence"
     factor = _check(function, x, y, a, b, epsilon, scaling, tol, max_iter, relaxation, memory_limit)
     if callable(cost):
         if epsilon is None:
             raise ValueError(f"{function}: a cost given by a function needs an epsilon, one for the three terms")
-        options: dict[str, Any] = {
-            "epsilon": epsilon, "scaling": scaling, "tol": tol, "max_iter": max_iter, "relaxation": relaxation,
-        }  # fmt: skip
+
+        def value_of(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, reach: Reach) -> Tensor:
+            options = Options(epsilon, reach, scaling, tol, max_iter, factor)
+            return _solve_matrix(function, _costs(function, cost, x, y), a, b, options).value
+
         side_x, side_y = reach if isinstance(reach, tuple) and len(reach) == 2 else (reach, reach)
-        total = sinkhorn_matrix(cost(x, y), a, b, reach=reach, **options).value
-        for points, weights, own in ((x, a, side_x), (y, b, side_y)):
-            total = total - sinkhorn_matrix(cost(points, points), weights, weights, reach=own, **options).value / 2
+        total = value_of(x, y, a, b, reach) - (value_of(x, x, a, a, side_x) + value_of(y, y, b, b, side_y)) / 2
         if reach is not None:
             mass_a, mass_b = (1.0 if w is None else w.sum(-1) for w in (a, b))
             total = total + epsilon / 2 * (mass_a - mass_b) ** 2
@@ -215,19 +218,61 @@ def sinkhorn_matrix(
             check_device(function, name, weight, "C", C)
     _check_init(function, init, C)
     f, g = (None, None) if init is None else init
-    rho_x, rho_y = _rho(function, reach, None)
+    if targets is not None:
+        check_floating_tensor(function, "targets", targets)
+        check_device(function, "targets", targets, "C", C)
+        if C.dim() >= 2 and targets.shape[:-1] != (*C.shape[:-2], C.shape[-1]):
+            raise ValueError(
+                f"{function}: targets must be the points of the columns of C, whose shape is {list(C.shape)}, got "
+                f"{list(targets.shape)}"
+            )
+    options = Options(epsilon, reach, scaling, tol, max_iter, factor)
+    return _solve_matrix(function, C, a, b, options, (f, g), (None, _detached(targets)))
+
+
+class Options(NamedTuple):
+    """Of the solve of a matrix, checked."""
+
+    epsilon: float | None
+    reach: Reach
+    scaling: float | None
+    tol: float
+    max_iter: int
+    relaxation: float | None
+
+
+def _solve_matrix(
+    function: str,
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    options: Options,
+    init: tuple[Tensor | None, Tensor | None] = (None, None),
+    ends: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> SinkhornResult:
+    rho_x, rho_y = _rho(function, options.reach, None)
     a, b = _batch_weights(C, a), _batch_weights(C, b)
     value, f, g, marginal_error, iterations, converged, used = _ops.sinkhorn_matrix(
-        C, a, b, rho_x, rho_y, epsilon, scaling, tol, max_iter, factor, f, g
-    )
+        C, a, b, rho_x, rho_y, options.epsilon, options.scaling, options.tol, options.max_iter, options.relaxation,
+        *init,
+    )  # fmt: skip
     plan = MatrixPlan(
-        costs=C.detach(),
-        weights=(_detached(a), _detached(b)),
-        potentials=(f, g),
-        epsilon=used,
-        ends=(None, _detached(targets)),
+        costs=C.detach(), weights=(_detached(a), _detached(b)), potentials=(f, g), epsilon=used, ends=ends
     )
     return SinkhornResult(value, f, g, marginal_error, iterations, converged, used, plan)
+
+
+def _costs(function: str, cost: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    C = cost(x, y)
+    check_floating_tensor(function, "the result of cost", C)
+    check_device(function, "the result of cost", C, "x", x)
+    _check_shape(function, "the result of cost", C, torch.Size((*x.shape[:-1], y.shape[-2])))
+    return C
+
+
+def _check_shape(function: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{function}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def _rho(function: str, reach: Reach, space: Ground | None) -> tuple[float | None, float | None]:

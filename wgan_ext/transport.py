@@ -110,8 +110,14 @@ class TransportPlan(abc.ABC):
         y = self.ends[1]
         if y is None:
             raise ValueError("TransportPlan: barycentric_map needs points; give sinkhorn_matrix the targets")
-        values = torch.cat([y, torch.ones_like(y[..., :1])], -1).to(self.potentials[0].dtype)
-        sums = self.times(values)
+        dtype = self.potentials[0].dtype
+        values = torch.cat([y, torch.ones_like(y[..., :1])], -1).to(dtype)
+        plan, weight = self, self.weights[0]
+        if weight is not None:
+            # A row's weight cancels, but 0 / 0 would not: a weight this small moves no mean, and its row can be summed.
+            least = weight.amax(-1, keepdim=True) * torch.finfo(dtype).tiny ** 0.5
+            plan = dataclasses.replace(self, weights=(torch.maximum(weight, least.to(weight.dtype)), self.weights[1]))
+        sums = plan.times(values)
         return sums[..., :-1] / sums[..., -1:]
 
     def argmax(self) -> Tensor:
@@ -162,8 +168,16 @@ class PointPlan(TransportPlan):
         """See :meth:`TransportPlan.potential`."""
         check_floating_tensor("TransportPlan", "points", points)
         check_device("TransportPlan", "points", points, "the plan's points", self.epsilon)
+        y, mapped = self.points[1], self.ground.points(points)
+        if mapped.dtype != y.dtype:
+            raise TypeError(f"TransportPlan: points must have the dtype of the plan's ({y.dtype}), got {points.dtype}")
+        if points.dim() != y.dim() or (*points.shape[:-2], points.shape[-1]) != (*y.shape[:-2], y.shape[-1]):
+            raise ValueError(
+                f"TransportPlan: points must have the batch and the dimension of the plan's, whose shape is "
+                f"{list(y.shape)}, got {list(points.shape)}"
+            )
         softmin: Tensor = _ops.sinkhorn_softmin(
-            self.ground.points(points), self.points[1], self.weights[1], self.potentials[1], self.epsilon,
+            mapped, self.points[1], self.weights[1], self.potentials[1], self.epsilon,
             self.ground.operator, self.ground.power,
         )  # fmt: skip
         rho = self.rho[0]
@@ -208,7 +222,9 @@ class MatrixPlan(TransportPlan):
         return dataclasses.replace(super().T, costs=self.costs.mT)
 
     def _product(self, values: Tensor) -> Tensor:
-        return torch.cat([block.to(values.dtype) @ values for block in self._blocks()], -2)
+        dtype = torch.promote_types(self.potentials[0].dtype, values.dtype)
+        wide = values.to(dtype)
+        return torch.cat([block.to(dtype) @ wide for block in self._blocks()], -2).to(values.dtype)
 
     def _cost_rows(self, begin: int, end: int) -> Tensor:
         return self.costs[..., begin:end, :].double()

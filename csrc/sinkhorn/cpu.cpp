@@ -130,10 +130,12 @@ WGAN_EXT_INLINE Vec<T> magnitude(Vec<T> a) {
   return greatest(a, Vec<T>::zero() - a);
 }
 
-// x^power for x >= 0, power > 0; below the least normal number its power, which stands for 0.
+// x^power for x > 0; 0 at 0, and below the least normal number the power of that. NaN stays.
 template <typename T>
 WGAN_EXT_INLINE Vec<T> raise(Vec<T> x, T power) {
-  return exp2(log2(greatest(x, Vec<T>::fill(sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022)))) * Vec<T>::fill(power));
+  const Vec<T> least_normal = Vec<T>::fill(sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022));
+  const Vec<T> raised = exp2(log2(greatest(x, least_normal)) * Vec<T>::fill(power));
+  return {x.value > 0 ? raised.value : x.value};
 }
 
 // What the loops over tiles need of a pass.
@@ -295,19 +297,19 @@ WGAN_EXT_INLINE Sums update_softmin(const Control& control, const Cloud<T>& rows
       fresh.store(rows.softmin + i);
     else
       fresh.store(rows.softmin + i, n);
-    // S of the potential itself; capped, for a weight of 0 makes no infinity vanish.
-    const Vec<T> log_s = least(fma(f - h, scale, l), most_exponent);
-    const Vec<T> s = exp2(log_s), wanted = exp2(least(f * minus_unit, most_exponent)), best = fresh * damped;
+    // S of the potential itself; capped, for a weight of 0 makes no infinity vanish. NaN passes the cap.
+    const Vec<T> log_s = least(most_exponent, fma(f - h, scale, l));
+    const Vec<T> s = exp2(log_s), wanted = exp2(least(most_exponent, f * minus_unit)), best = fresh * damped;
     error = fma(a, magnitude(s - wanted), error);
     mass = fma(a, s, mass);
-    target = fma(a, exp2(least(best * minus_unit, most_exponent)), target);
+    target = fma(a, exp2(least(most_exponent, best * minus_unit)), target);
     const Vec<T> step = best - f, positive = {a.value > 0 ? step.value : zero.value};
     change = greatest(change, magnitude(positive));
     if (relax) {
       // log2 exp(delta), written so that nothing cancels where the marginal is hard
       const Vec<T> delta = (zero - relaxation) * fma(log_s, damped, f * undamped_scale);
-      const Vec<T> left = exp2(least(log_s + delta, most_exponent)), z = delta * ln2 * ratio;
-      const Vec<T> relaxed_wanted = exp2(least(fma(relaxation, step, f) * minus_unit, most_exponent));
+      const Vec<T> left = exp2(least(most_exponent, log_s + delta)), z = delta * ln2 * ratio;
+      const Vec<T> relaxed_wanted = exp2(least(most_exponent, fma(relaxation, step, f) * minus_unit));
       // rho / epsilon (T - T') = ln 2 delta T (1 - exp(-z)) / z
       const Vec<T> series =
           fma(z, fma(z, fma(z, Vec<T>::fill(T(-1. / 24)), Vec<T>::fill(T(1. / 6))), Vec<T>::fill(T(-0.5))), one);

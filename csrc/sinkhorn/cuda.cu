@@ -101,10 +101,10 @@ struct Scaled {
   }
 };
 
-// x^(power / 2) for x >= 0.
+// x^(power / 2) for x > 0; 0 at 0. NaN stays.
 template <typename T>
 __device__ T half_power(T x, T p) {
-  return x > 0 ? power(p / 2 * logarithm(x)) : T(0);
+  return x > 0 ? power(p / 2 * logarithm(x)) : x;
 }
 
 // Adds one dimension to what a pair's cost is made of.
@@ -319,9 +319,9 @@ __device__ Sums update_row(const Control& control, const Cloud<T>& rows, Role ro
   const T fresh = h - level * unscale;
   rows.softmin[i] = fresh;
   if (!(a > 0)) return {};
-  const auto capped_power = [&](T exponent) { return power(exponent < most ? exponent : most); };
+  const auto capped_power = [&](T exponent) { return power(exponent > most ? most : exponent); };
   T log_s = level + scale * (f - h);
-  log_s = log_s < most ? log_s : most;
+  log_s = log_s > most ? most : log_s;  // NaN passes the cap
   const T s = power(log_s), wanted = capped_power(f * minus_unit), best = fresh * T(lambda);
   Sums sums{};
   sums.error = a * magnitude(s - wanted);

@@ -58,6 +58,7 @@ struct Terms {
   Cost cost;
   double power;         // of the distance, for Cost::power
   double rho_x, rho_y;  // infinite for a hard marginal
+  bool around_y;        // centred on y alone: no point of x moves another's result
   bool balanced() const { return std::isinf(rho_x) && std::isinf(rho_y); }
   // Whether each cloud is centred on its own mean.
   bool separate() const { return cost == Cost::sqeuclidean && balanced(); }
@@ -85,7 +86,7 @@ Terms parse_terms(const char* op, std::string_view name, double power, OptionalN
   if (rho_x) check_positive(op, "the weight of the penalty on the marginal of x", *rho_x);
   if (rho_y) check_positive(op, "the weight of the penalty on the marginal of y", *rho_y);
   constexpr double infinite = std::numeric_limits<double>::infinity();
-  return {op, static_cast<Cost>(cost), power, rho_x.value_or(infinite), rho_y.value_or(infinite)};
+  return {op, static_cast<Cost>(cost), power, rho_x.value_or(infinite), rho_y.value_or(infinite), false};
 }
 
 Request parse(const Terms& terms, OptionalNumber epsilon, OptionalNumber scaling, double tolerance, int64_t max_iter,
@@ -184,8 +185,11 @@ Weights prepare_weights(const Terms& terms, const Tensor& like, int64_t problems
     }
   }
   if (terms.balanced() && (a || b)) {
-    w.b = w.b * (w.mass_a / w.mass_b).unsqueeze(1);
-    w.mass_b = w.mass_a;
+    // both, so that the plan of (y, x) is that of (x, y), and a_i b_j stays
+    const Tensor ratio = at::sqrt(w.mass_a / w.mass_b).unsqueeze(1);
+    w.a = w.a / ratio;
+    w.b = w.b * ratio;
+    w.mass_a = w.mass_b = at::sqrt(w.mass_a * w.mass_b);
   }
   return w;
 }
@@ -232,10 +236,18 @@ Problem prepare(const Terms& terms, const Tensor& given_x, const Tensor& given_y
   p.terms = terms;
   p.shift = mean_x - mean_y;
   const bool separate = terms.separate();
-  const Tensor middle = separate ? Tensor() : (mean_x + mean_y) / 2;
+  const Tensor middle = separate ? Tensor() : terms.around_y ? mean_y : (mean_x + mean_y) / 2;
   p.shift_cost = separate ? at::sum(p.shift * p.shift, {1}) : at::zeros_like(w.mass_a);
   p.x = measure(x, w.a, w.mass_a, separate ? mean_x : middle, terms.cost);
   p.y = measure(y, w.b, w.mass_b, separate ? mean_y : middle, terms.cost);
+  if (x.is_cpu()) {
+    const auto check = [&](const char* name, const Measure& m) {
+      TORCH_CHECK_VALUE(at::isfinite(m.spread).all().item<bool>(), op, ": ", name,
+                        " must be points whose squares do not overflow ", kernel_type(x));
+    };
+    check(separate ? "x" : "x and y", p.x);
+    check(separate ? "y" : "x and y", p.y);
+  }
   return p;
 }
 
@@ -684,7 +696,7 @@ Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const O
   warn_unless_converged(request, {&s});
   const Tensor value = dual(p.x, p.y, terms.rho_x, terms.rho_y, s) + p.x.mass * p.shift_cost;
   const auto form = [&](const Tensor& t) { return given_form(t, x.dim() == 3); };
-  return {form(value.to(type)),
+  return {form(value),  // in double: what the caller subtracts may be large
           form((s.f + linear_x).to(type)),
           form((s.g + linear_y).to(type)),
           form(s.f),
@@ -769,11 +781,8 @@ Tensor with_held(const Problem& p, const Tensor& epsilon, const Body& body) {
                    [&](auto scalar) { return body(Solver<decltype(scalar)>(p, target, request)); });
 }
 
-// d cost / d x = sum_j plan_ij dC_ij / dx_i at frozen potentials of the centred problem. [N, D]
-Tensor sinkhorn_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
-                         const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
-                         OptionalNumber rho_x, OptionalNumber rho_y) {
-  const Terms terms = parse_terms("sinkhorn_gradient", cost, power, rho_x, rho_y);
+Tensor gradient(const Terms& terms, const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                const Tensor& f, const Tensor& g, const Tensor& epsilon) {
   const Problem p = prepare(terms, x, y, a, b);
   const Tensor gradient = with_held(p, epsilon, [&](auto solver) {
     const auto [force, mass] = solver.gradient(f, g);
@@ -781,6 +790,13 @@ Tensor sinkhorn_gradient(const Tensor& x, const Tensor& y, const OptionalTensor&
     return terms.separate() ? 2 * (force + mass.unsqueeze(2) * p.shift.unsqueeze(1)) : 2 * force;
   });
   return given_form(gradient.to(x.scalar_type()), x.dim() == 3);
+}
+
+// d cost / d x = sum_j plan_ij dC_ij / dx_i at frozen potentials of the centred problem. [N, D]
+Tensor sinkhorn_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                         const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
+                         OptionalNumber rho_x, OptionalNumber rho_y) {
+  return gradient(parse_terms("sinkhorn_gradient", cost, power, rho_x, rho_y), x, y, a, b, f, g, epsilon);
 }
 
 // rho (1 - T) - epsilon (T - mass of the other side), T = exp(-f / rho). [B, N] double
@@ -830,13 +846,26 @@ Tensor sinkhorn_transport(const Tensor& values, const Tensor& x, const Tensor& y
 
 // The potential of x's side at the points: -epsilon log sum_j b_j exp((g_j - C(x, y_j)) / epsilon), for the potential g
 // of the original problem. [N]
+Terms softmin_terms(const char* op, std::string_view cost, double power) {
+  Terms terms = parse_terms(op, cost, power, 1.0, 1.0);  // no marginal is kept
+  terms.around_y = true;
+  return terms;
+}
+
 Tensor sinkhorn_softmin(const Tensor& x, const Tensor& y, const OptionalTensor& b, const Tensor& g,
                         const Tensor& epsilon, std::string_view cost, double power) {
   constexpr const char* op = "sinkhorn_softmin";
-  const Problem p = prepare(parse_terms(op, cost, power, 1.0, 1.0), x, y, std::nullopt, b);
+  const Problem p = prepare(softmin_terms(op, cost, power), x, y, std::nullopt, b);
   check_weights(op, "g", g, shape_of_weights(y), "y", y);
   const Tensor f = with_held(p, epsilon, [&](auto solver) { return solver.softmin(g.to(kernel_type(x))); });
   return given_form(f, x.dim() == 3);
+}
+
+// Its derivative in x, f being the result. Each row of exp((f_i + g_j - C_ij) / epsilon) b_j sums to 1: the gradient of
+// a plan whose other weights are 1. [N, D]
+Tensor sinkhorn_softmin_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& b, const Tensor& f,
+                                 const Tensor& g, const Tensor& epsilon, std::string_view cost, double power) {
+  return gradient(softmin_terms("sinkhorn_softmin_gradient", cost, power), x, y, at::ones_like(f), b, f, g, epsilon);
 }
 
 using torch::autograd::AutogradContext;
@@ -858,6 +887,7 @@ WGAN_EXT_SINKHORN_HANDLE(sinkhorn_weight_gradient)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_matrix_gradient)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_transport)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_softmin)
+WGAN_EXT_SINKHORN_HANDLE(sinkhorn_softmin_gradient)
 #undef WGAN_EXT_SINKHORN_HANDLE
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
@@ -1058,13 +1088,12 @@ class SoftminFunction : public torch::autograd::Function<SoftminFunction> {
     return f;
   }
 
-  // Each row of exp((f_i + g_j - C_ij) / epsilon) b_j sums to 1: the gradient of a plan whose other weights are 1.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &y = saved[1], &f = saved[3], &g = saved[4], &epsilon = saved[5];
     const Kept kept = Kept::load(ctx);
-    const Tensor gradient = sinkhorn_gradient_op().call(x, y, at::ones_like(f), optional(saved[2]), f, g, epsilon,
-                                                        kept.cost, kept.power, 1.0, 1.0);
+    const Tensor gradient =
+        sinkhorn_softmin_gradient_op().call(x, y, optional(saved[2]), f, g, epsilon, kept.cost, kept.power);
     variable_list inputs(7);
     inputs[0] = grads[0].unsqueeze(-1).to(gradient.scalar_type()) * gradient;
     return inputs;
@@ -1154,6 +1183,13 @@ Tensor softmin_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& 
   return SoftminFunction::apply(x, y, b, g, epsilon, std::string(cost), power);
 }
 
+Tensor softmin_gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& b, const Tensor& f,
+                                 const Tensor& g, const Tensor& epsilon, std::string_view cost, double power) {
+  return RefusedFunction::apply(x, OptionalTensor(y), OptionalTensor(), b, [&] {
+    return sinkhorn_softmin_gradient_op().call(x, y, b, f, g, epsilon, cost, power);
+  });
+}
+
 void implement(torch::Library& m) {
   m.impl("sinkhorn", sinkhorn);
   m.impl("sinkhorn_divergence", sinkhorn_divergence);
@@ -1163,6 +1199,7 @@ void implement(torch::Library& m) {
   m.impl("sinkhorn_matrix_gradient", sinkhorn_matrix_gradient);
   m.impl("sinkhorn_transport", sinkhorn_transport);
   m.impl("sinkhorn_softmin", sinkhorn_softmin);
+  m.impl("sinkhorn_softmin_gradient", sinkhorn_softmin_gradient);
 }
 
 }  // namespace
@@ -1178,6 +1215,7 @@ TORCH_LIBRARY_IMPL(wgan_ext, Autograd, m) {
   m.impl("sinkhorn_matrix_gradient", matrix_gradient_autograd);
   m.impl("sinkhorn_transport", transport_autograd);
   m.impl("sinkhorn_softmin", softmin_autograd);
+  m.impl("sinkhorn_softmin_gradient", softmin_gradient_autograd);
 }
 
 }  // namespace wgan_ext::sinkhorn

@@ -146,11 +146,12 @@ WGAN_EXT_FORMULA double accept(Control& c, const Sums& sums) {
 WGAN_EXT_FORMULA double damping(const Control& c, double rho) { return rho == INFINITY ? 1 : rho / (rho + c.epsilon); }
 
 // f + t, g - t leaves the plan alone; the best t solves exp(-t / rho1) sum a exp(-f / rho1) = the same of y with -t. It
-// is the slow mode of an unbalanced problem.
+// is the slow mode of an unbalanced problem. What the sums' rounding makes of the ratio is none: rho would magnify it.
 WGAN_EXT_FORMULA double translation(const Control& c, double column_target) {
   const double rate = 1 / c.options.row_rho + 1 / c.options.column_rho;
   if (c.plain || c.restore || rate == 0 || !(c.row_target > 1e-30) || !(column_target > 1e-30)) return 0;
-  return log(c.row_target / column_target) / rate;
+  const double difference = log(c.row_target / column_target);
+  return fabs(difference) > 32 * c.options.rounding ? difference / rate : 0;
 }
 
 // Successive over-relaxation: a plain iteration contracts the error by mu^2, a relaxed one by l with
