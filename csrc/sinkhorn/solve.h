@@ -151,7 +151,8 @@ WGAN_EXT_FORMULA double translation(const Control& c, double column_target) {
   const double rate = 1 / c.options.row_rho + 1 / c.options.column_rho;
   if (c.plain || c.restore || rate == 0 || !(c.row_target > 1e-30) || !(column_target > 1e-30)) return 0;
   const double difference = log(c.row_target / column_target);
-  return fabs(difference) > 32 * c.options.rounding ? difference / rate : 0;
+  const double certain = fabs(difference) - 32 * c.options.rounding;
+  return certain > 0 ? copysign(certain, difference) / rate : 0;
 }
 
 // Successive over-relaxation: a plain iteration contracts the error by mu^2, a relaxed one by l with
