@@ -136,6 +136,9 @@ def test_one_call_of_the_operator(device: torch.device, monkeypatch: pytest.Monk
         monkeypatch.setattr(_ops, name, counting(name))
     together(torch.randn(1, 2, 6, 6, device=device))
     assert calls == [6, 1]  # all, and the one that is used twice again
+    calls.clear()
+    together.eval()(torch.randn(1, 2, 6, 6, device=device))
+    assert calls == [6, 1]
 
 
 @pytest.mark.parametrize("change", ["weight", "mode"])

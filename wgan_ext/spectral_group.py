@@ -117,7 +117,8 @@ class SpectralNormGroup:
                 if pending.taken and pending.iterations:
                     buffers += (pending.old_u, pending.old_v)
                     values += (pending.u, pending.v)
-                elif layer.owner.__dict__.get(name) is pending.normalized:  # not used, unlike the last time
+                elif not pending.taken and layer.owner.__dict__.get(name) is pending.normalized:
+                    # unlike the last time, it was not used
                     layer.owner.__dict__[name] = layer.rule.compute_weight(layer.owner, False)  # type: ignore[attr-defined]
         if buffers:
             with torch.no_grad():
