@@ -12,7 +12,7 @@ def empty_cache() -> int:
 
     Where malloc would give a freed tensor back to the system and take the next one from it, with a page fault for every
     page, spectral normalization and Sinkhorn's matrices of costs keep freed memory for later results, at most as many
-    bytes as they once took at a time. Memory of tensors that are in use is not touched. On CUDA torch's allocator serves, which has
-    ``torch.cuda.empty_cache``.
+    bytes as they once took at a time. Memory of tensors that are in use is not touched. On CUDA torch's allocator
+    serves, which has ``torch.cuda.empty_cache``.
     """
     return _C.empty_cache()

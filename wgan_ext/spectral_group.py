@@ -119,7 +119,8 @@ class SpectralNormGroup:
                     values += (pending.u, pending.v)
                 elif not pending.taken and layer.owner.__dict__.get(name) is pending.normalized:
                     # unlike the last time, it was not used
-                    layer.owner.__dict__[name] = layer.rule.compute_weight(layer.owner, False)  # type: ignore[attr-defined]
+                    hook: Any = layer.rule
+                    layer.owner.__dict__[name] = hook.compute_weight(layer.owner, False)
         if buffers:
             with torch.no_grad():
                 torch._foreach_copy_(buffers, values)
@@ -132,29 +133,24 @@ def _find(group: _Group) -> None:
     layers, weights, us, vs = map(list, zip(*group, strict=True))
     rules = [layer.rule for layer in layers]
     iterations = [layer.rule.n_power_iterations if layer.owner.training else 0 for layer in layers]
-    replaced = []
-    for layer in layers:
+    replaced = set()
+    for i, layer in enumerate(layers):
         attributes = layer.owner.__dict__
         last = attributes.get(layer.name)
         if last is not None and last.requires_grad and layer.owner.training:
-            attributes[layer.name] = last = None  # its memory, still in cache, can serve the next
-            replaced.append(layer)
-    try:
-        normalized, new_us, new_vs, _ = _ops.spectral_norm_group(
-            weights,
-            us,
-            vs,
-            [rule.dim for rule in rules],
-            iterations,
-            [rule.eps for rule in rules],
-            [rule.v_first for rule in rules],
-            [rule.target for rule in rules],
-            [rule.shrink_only for rule in rules],
-        )
-    except BaseException:
-        for layer in replaced:
-            layer.owner.__dict__[layer.name] = layer.weights._parameters[layer.weight].data
-        raise
+            attributes[layer.name] = last = weights[i].data  # its memory, still in cache, can serve the next
+            replaced.add(i)
+    normalized, new_us, new_vs, _ = _ops.spectral_norm_group(
+        weights,
+        us,
+        vs,
+        [rule.dim for rule in rules],
+        iterations,
+        [rule.eps for rule in rules],
+        [rule.v_first for rule in rules],
+        [rule.target for rule in rules],
+        [rule.shrink_only for rule in rules],
+    )
     saving = hooks_of_saved_tensors()
     for i, (layer, weight, u, v) in enumerate(group):
         attributes = layer.owner.__dict__
@@ -174,7 +170,7 @@ def _find(group: _Group) -> None:
             attributes[PENDING][layer.name] = pending
         else:
             attributes[PENDING] = {layer.name: pending}
-        if attributes.get(layer.name, weight) is None:
+        if i in replaced:
             attributes[layer.name] = normalized[i]
 
 
