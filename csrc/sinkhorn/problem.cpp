@@ -133,8 +133,8 @@ Measure measure(const Segments& segments, const Tensor& points, const Tensor& we
   const auto type = kernel_type(points);
   Measure m;
   m.segments = segments;
-  m.points = at::sub(points, segments.spread(centre)).to(type).contiguous();
-  const Tensor squares = at::sum(m.points * m.points, {-1}, false, at::kDouble);
+  const auto [centred, squares] = segments.centred(points, centre, type);
+  m.points = centred;
   m.spread = segments.sum(squares * weights) / mass;
   m.squares = cost == Cost::sqeuclidean ? squares.to(type) : at::zeros(squares.sizes(), m.points.options());
   m.weights = weights.to(type).contiguous();
@@ -171,7 +171,7 @@ Problem prepare(const Terms& terms, const Tensor& given_x, const Tensor& given_y
                     of_x.problems(), "), got ", of_y.problems());
   const Weights w = prepare_weights(terms, x, of_x, of_y, a, b);
   const auto mean = [](const Segments& of, const Tensor& points, const Tensor& weights, const Tensor& mass) {
-    return of.sum(points * weights.unsqueeze(-1)) / mass.unsqueeze(1);
+    return of.weighted_sum(points, weights) / mass.unsqueeze(1);
   };
   const Tensor mean_x = mean(of_x, x, w.a, w.mass_a), mean_y = mean(of_y, y, w.b, w.mass_b);
   if (x.is_cpu()) {
@@ -252,13 +252,14 @@ Tensor resolve_epsilon(const Problem& p, const Request& request) {
 // [B] log(1 / least positive weight)
 Tensor weight_range(const Measure& m) {
   const Tensor mass = m.segments.spread(m.mass.to(m.weights.scalar_type()));
-  return -at::log(m.segments.least(at::where(m.weights > 0, m.weights, mass))).to(at::kDouble);
+  return -at::log(m.segments.least(at::where(m.weights > 0, m.weights, mass)));
 }
 
 // [B, N] The potential of the original cost from that of the centred one, and back. `sign` is +1 for x, -1 for y.
 Tensor linear_part(const Problem& p, const Measure& m, double sign) {
   if (!p.terms.separate()) return at::zeros(m.weights.sizes(), p.shift.options());
-  return 2 * sign * at::sum(m.points * m.segments.spread(p.shift), {-1}) + m.segments.spread(p.shift_cost) / 2;
+  const Tensor product = m.segments.products(m.points, p.shift);
+  return 2 * sign * product + m.segments.spread(p.shift_cost) / 2;
 }
 
 }  // namespace wgan_ext::sinkhorn

@@ -1,11 +1,13 @@
-// Which rows of a batch's tensors belong to which of its problems.
+// Which rows of a batch's tensors belong to which of its problems, and what is summed over them.
 //
-// In a dense batch each problem has as many points: tensors are [B, count, ...]. In a ragged one the problems have
-// points in unlike numbers, one problem after the other: tensors are [total, ...].
+// In a dense batch each problem has as many points: tensors of points are [B, count, ...]. In a ragged one the problems
+// have points in unlike numbers, one problem after the other: tensors of points are [total, ...]. On the CPU a problem
+// gives the same bits alone and in any batch, whatever the number of threads, and nothing is made in between: a large
+// block that malloc takes from the system costs more than the sum.
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include <optional>
+#include <tuple>
 
 namespace wgan_ext::sinkhorn {
 
@@ -28,9 +30,19 @@ class Segments {
   // The offsets on the device of the points; null where dense.
   const int64_t* offsets() const { return ragged() ? device_offsets_.const_data_ptr<int64_t>() : nullptr; }
 
-  // Sums (least values) over the points of each problem. [B, ...] The same bits as for the problem alone on the CPU.
+  // In double over the points of each problem: sums of t, of t [.., dim] times a weight (double) of each point, the
+  // least t. [B], [B, dim], [B]
   at::Tensor sum(const at::Tensor& t) const;
+  at::Tensor weighted_sum(const at::Tensor& t, const at::Tensor& weights) const;
   at::Tensor least(const at::Tensor& t) const;
+
+  // For centres [B, dim] in double: the points less their problem's centre, in the type given, and their squares summed
+  // over dim, in double. [.., dim], [..]
+  std::tuple<at::Tensor, at::Tensor> centred(const at::Tensor& points, const at::Tensor& centre,
+                                             at::ScalarType type) const;
+
+  // Products of the points with their problem's vector, [B, dim] in double. [..] double
+  at::Tensor products(const at::Tensor& points, const at::Tensor& vector) const;
 
   // A value of each problem, [B, ...], so that it broadcasts with tensors of points.
   at::Tensor spread(const at::Tensor& t) const;
@@ -40,6 +52,11 @@ class Segments {
 
  private:
   const int64_t* begins() const { return offsets_.const_data_ptr<int64_t>(); }
+
+  // Of the sums of double over the rows of each problem that add(begin, end, sum) makes, each [width]. [B, width]
+  template <typename Add>
+  at::Tensor reduce(int64_t width, double start, const at::Tensor& like, const Add& add,
+                    double (*combine)(double, double)) const;
 
   int64_t problems_ = 0, count_ = 0;
   at::Tensor offsets_, device_offsets_;  // undefined where dense
