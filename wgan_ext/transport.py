@@ -269,6 +269,10 @@ class MatrixPlan(TransportPlan):
         """The plan from y to x, shape (M, N)."""
         return dataclasses.replace(super().T, costs=self.costs.mT)
 
+    def __getitem__(self, problem: int) -> Self:
+        """See :meth:`TransportPlan.__getitem__`."""
+        return dataclasses.replace(super().__getitem__(problem), costs=self.costs[problem])
+
     def _product(self, values: Tensor) -> Tensor:
         dtype = torch.promote_types(self.potentials[0].dtype, values.dtype)
         wide = values.to(dtype)
