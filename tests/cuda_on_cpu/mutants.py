@@ -7,7 +7,7 @@ Each fault is run as the tests run: wrong results first, which compile soonest, 
 ThreadSanitizer. The last column says who found it. Exit status 1: a fault survived. A fault whose text is not found
 exactly once is an error: the source has moved on, and so must the fault.
 
-No fault here is invisible on a GPU as well: what changes only speed, or what another guard catches, is left out. What
+Faults that only change speed, or that another guard makes harmless, are left out. What
 orders memory between the blocks of a launch (the fences of `is_last`) is left out too: the emulator runs block by block.
 """
 
@@ -52,8 +52,6 @@ class Mutant:
         """Whose programs should find it."""
         return [tower for tower in TOWERS if self.path == f"csrc/{tower}/cuda.cu"] or TOWERS
 
-
-BARRIER = "__syncthreads();"
 
 MUTANTS = [
     # the ground floor
@@ -268,6 +266,45 @@ MUTANTS = [
         "going = __any_sync(kFullMask, going);",
         "a poll looks at the first warp's problems only",
     ),
+    Mutant(SINKHORN, "if (from + d < width) quad", "quad", "a tile is read past the dimensions"),
+    Mutant(SINKHORN, "offset = kSide / 2;", "offset = kSide / 4;", "half the threads of a row are left out of its sum"),
+    Mutant(
+        SINKHORN,
+        "y.value[c]);\n          }\n      }\n      __syncthreads();",
+        "y.value[c]);\n          }\n      }",
+        "no barrier before a tile of columns is overwritten",
+    ),
+    Mutant(
+        SINKHORN,
+        "from, T(1), shared.columns);\n      __syncthreads();",
+        "from, T(1), shared.columns);",
+        "no barrier between loading a tile and its use",
+    ),
+    Mutant(
+        SINKHORN,
+        "rows.scratch + blockIdx.y * rows.padded + row(r)",
+        "rows.scratch + blockIdx.y * rows.count + row(r)",
+        "ranges of columns overlap in the scratch",
+    ),
+    Mutant(
+        SINKHORN,
+        "if (row(r) < rows.count && j < columns.count) pair",
+        "if (row(r) < rows.count) pair",
+        "a matrix is read past its end",
+    ),
+    Mutant(
+        SINKHORN,
+        "tiles * range / ranges, last",
+        "tiles * range / ranges + (range > 1), last",
+        "a tile between two ranges is left out",
+    ),
+    Mutant(SINKHORN, "k < size; k += stride()", "k < size; k += 2 * stride()", "every other turn of packing is skipped"),
+    Mutant(
+        SINKHORN,
+        "i < cloud.count; i += stride()",
+        "i < cloud.count; i += 2 * stride()",
+        "every other turn of an update is skipped",
+    ),
     Mutant(SINKHORN, "if (d < out_width) out[", "out[", "dimensions past the end are written"),
     Mutant(
         SINKHORN,
@@ -319,12 +356,12 @@ def finder(shown: programs.Shown) -> str:
 
 
 class Hunt:
-    """Builds programs with a fault in them, of what was compiled without it."""
+    """Builds programs with a fault in them, and else of what was compiled without it."""
 
     def __init__(self, pristine: programs.Programs) -> None:
         self.pristine = pristine
 
-    def build(self, mutant: Mutant, tower: str, sanitizer: str, tree: Path) -> Path | str:
+    def build(self, tower: str, sanitizer: str, tree: Path) -> Path | str:
         """Return a tower's program, compiled from a tree with the fault in it; or what the compiler says."""
         objects = []
         for name in programs.sources_of(tower):
@@ -332,7 +369,7 @@ class Hunt:
                 objects += self.pristine.finished([name], sanitizer)
                 continue
             objects.append(tree / f"{tower}_{sanitizer}.o")
-            shown = self.pristine.compile(name, sanitizer, tree, objects[-1])
+            shown = self.pristine.compile(name, sanitizer, tree, objects[-1], warnings=[])
             if shown.returncode != 0:
                 return shown.stdout
         return self.pristine.link(objects, sanitizer, tree / f"{tower}_{sanitizer}")
@@ -347,7 +384,7 @@ class Hunt:
             for sanitizer, argument, order in stages:
                 for tower in mutant.towers():
                     if (tower, sanitizer) not in built:
-                        binary = self.build(mutant, tower, sanitizer, tree)
+                        binary = self.build(tower, sanitizer, tree)
                         if isinstance(binary, str):
                             raise ValueError(f"{mutant.path}: {mutant.what}: does not compile:\n{binary}")
                         built[tower, sanitizer] = binary
@@ -364,18 +401,21 @@ def main() -> int:
     for mutant in MUTANTS:
         mutant.text()
     begun, survivors = time.monotonic(), 0
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        with ThreadPoolExecutor(2) as compiling:
-            pristine = programs.Programs(Path(folder), compiling, flags=())  # a fault may leave something unused
-            for tower in {tower for mutant in chosen for tower in mutant.towers()}:
-                shown = programs.run(pristine.build(tower, "none"))
-                if shown.returncode != 0:
-                    print(f"{tower} fails without any fault:\n{shown.stdout[-2000:]}")
-                    return 1
-            hunt = Hunt(pristine)
-            for mutant, found in zip(chosen, pool.map(hunt.found, chosen), strict=True):
-                survivors += found is None
-                print(f"{mutant.path:24} {mutant.what:72} {found or 'SURVIVED'}", flush=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(os.cpu_count()) as compiling,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        pristine = programs.Programs(Path(folder), compiling)
+        for tower in sorted({tower for mutant in chosen for tower in mutant.towers()}):
+            shown = programs.run(pristine.build(tower, "none"))
+            if shown.returncode != 0:
+                print(f"{tower} fails without any fault:\n{shown.stdout[-2000:]}")
+                return 1
+        hunt = Hunt(pristine)
+        for mutant, found in zip(chosen, pool.map(hunt.found, chosen), strict=True):
+            survivors += found is None
+            print(f"{mutant.path:24} {mutant.what:72} {found or 'SURVIVED'}", flush=True)
     print(f"{len(chosen)} faults, {survivors} survived, {time.monotonic() - begun:.0f} s")
     return 1 if survivors or not chosen else 0
 

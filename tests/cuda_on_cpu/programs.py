@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
@@ -18,7 +19,8 @@ TOWERS = sorted(path.parent.name for path in CSRC.glob("*/cuda.cu"))
 TOWER_SOURCES = ["csrc/{tower}/cuda.cu", "csrc/{tower}/cpu_portable.cpp", "tests/cuda_on_cpu/{tower}.cpp"]
 GROUND_SOURCES = ["tests/cuda_on_cpu/serial.cpp", "csrc/simd.cpp"]
 
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-DWGAN_EXT_EMULATED"]
+FLAGS = ["-std=c++20", "-O1", "-g", "-DWGAN_EXT_EMULATED"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     # Alignment again: the red zones of AddressSanitizer align shared arrays better than CUDA does.
@@ -57,15 +59,17 @@ def sources_of(program: str) -> list[str]:
 class Programs:
     """Compiles programs into a folder, each source once for each sanitizer."""
 
-    def __init__(self, folder: Path, pool: Executor, flags: tuple[str, ...] = ("-Werror",)) -> None:
-        self.folder, self.pool, self.flags = folder, pool, list(flags)
+    def __init__(self, folder: Path, pool: Executor) -> None:
+        self.folder, self.pool = folder, pool
         self.objects: dict[tuple[str, str], Future[Shown]] = {}
 
-    def compile(self, name: str, sanitizer: str, root: Path, output: Path) -> Shown:
+    def compile(
+        self, name: str, sanitizer: str, root: Path, output: Path, warnings: Sequence[str] = WARNINGS
+    ) -> Shown:
         """Compile one source of the tree at ``root``."""
         csrc = root / "csrc"
         includes = [f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-I{HERE}"]
-        command = ["g++", *FLAGS, *self.flags, *SANITIZERS[sanitizer], *includes, "-c", "-x", "c++"]
+        command = ["g++", *FLAGS, *warnings, *SANITIZERS[sanitizer], *includes, "-c", "-x", "c++"]
         return call([*command, str(root / name), "-o", str(output)])
 
     def start(self, name: str, sanitizer: str) -> Path:
