@@ -21,7 +21,7 @@ constexpr int kThreads = 256, kSide = 16;  // a block is 16 x 16 threads
 constexpr int kDepth = 32;                 // dimensions in shared memory at a time
 constexpr int kBlocksPerSm = 2;            // of the heavy kernels: 128 registers a thread
 constexpr int64_t kWantedBlocks = 512;     // ranges are cut until there are about so many
-constexpr int64_t kMostBlocks = 4096;      // of an elementwise loop
+constexpr int64_t kMostBlocks = kLoopBlocks;
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <typename T>

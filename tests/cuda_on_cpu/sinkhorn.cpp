@@ -248,11 +248,34 @@ void compare(const Counts& n, const Counts& m, int64_t dim, Cost cost, double ro
     check::close((shape + want.names[k]).c_str(), got.arrays[k], want.arrays[k], sizeof(T) == 4 ? 2e-3 : 1e-9);
 }
 
+// The poll sees every problem of a batch larger than a block, and answers one call late.
+void check_poll() {
+  const Kernels<float>& kernels = Kernels<float>::cuda();
+  constexpr size_t count = 300;
+  for (const size_t going : {size_t{0}, size_t{40}, count - 1}) {
+    std::vector<Facts> facts(count, {0.1, 0.3, 1, 1});
+    std::vector<Control> controls(count);
+    Options options{};
+    options.max_iter = 1;
+    kernels.begin(controls.data(), facts.data(), options, nullptr, nullptr, count, nullptr);
+    const int32_t number = controls[0].options.number;
+    for (size_t p = 0; p < count; ++p) controls[p].done = p == going ? 0 : number;
+    const auto answers = [&](bool last) {
+      kernels.finished(controls.data(), count, nullptr);
+      check::equal("poll", std::vector<int>{kernels.finished(controls.data(), count, nullptr)}, std::vector<int>{last});
+    };
+    answers(false);
+    controls[going].done = number;
+    answers(true);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const bool small = check::small(argc, argv);
-  const int64_t shapes[][3] = {{1, 1, 1}, {5, 3, 2}, {131, 70, 3}, {66, 259, 37}, {40, 33, 70}, {300, 140, 5}};
+  const int64_t shapes[][3] = {{1, 1, 1},    {5, 3, 2},     {131, 70, 3}, {66, 259, 37},
+                               {40, 33, 70}, {300, 140, 5}, {700, 5, 2}};
   for (const auto& [n, m, dim] : shapes) {
     if (small && n * m > 5000) continue;
     for (const Cost cost : {Cost::sqeuclidean, Cost::euclidean, Cost::manhattan, Cost::power, Cost::matrix}) {
@@ -272,5 +295,6 @@ int main(int argc, char** argv) {
       compare<double>(n, m, 5, cost, soft ? 0.3 : kHard, soft ? 0.7 : kHard);
     }
   }
+  check_poll();
   return check::verdict();
 }
