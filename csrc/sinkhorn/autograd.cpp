@@ -1,10 +1,11 @@
 // Derivatives of Sinkhorn's operators.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/diff.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -42,9 +43,13 @@ WGAN_EXT_SINKHORN_HANDLE(sinkhorn_softmin_gradient)
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor plain(const OptionalTensor& t) { return t.value_or(Tensor()); }
 
-// grad [] or [B] times a gradient of `dims` more dimensions.
-Tensor scaled(const Tensor& grad, const Tensor& gradient, int64_t dims) {
+// grad [] or [B] times a gradient of `dims` more dimensions, the first of which a ragged batch's offsets cut.
+Tensor scaled(const Tensor& grad, const Tensor& gradient, int64_t dims, const OptionalTensor& offsets = {}) {
   Tensor g = grad.to(gradient.scalar_type());
+  if (offsets) {
+    g = at::repeat_interleave_symint(g, at::diff(*offsets).to(g.device()), 0, gradient.sym_size(0));
+    --dims;
+  }
   for (; dims > 0; --dims) g = g.unsqueeze(-1);
   return g * gradient;
 }
@@ -82,13 +87,14 @@ class SinkhornFunction : public torch::autograd::Function<SinkhornFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& a,
                                const OptionalTensor& b, const Kept& kept, OptionalNumber epsilon,
                                OptionalNumber scaling, double tol, int64_t max_iter, OptionalNumber relaxation,
-                               int64_t memory_limit, const OptionalTensor& f, const OptionalTensor& g) {
+                               int64_t memory_limit, const OptionalTensor& f, const OptionalTensor& g,
+                               const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [value, f1, g1, fc, gc, error, iterations, converged, used] =
         sinkhorn_op().call(x, y, a, b, kept.cost, kept.power, kept.rho_x, kept.rho_y, epsilon, scaling, tol, max_iter,
-                           relaxation, memory_limit, f, g);
+                           relaxation, memory_limit, f, g, offsets_x, offsets_y);
     kept.save(ctx);
-    ctx->save_for_backward({x, y, plain(a), plain(b), fc, gc, used});
+    ctx->save_for_backward({x, y, plain(a), plain(b), fc, gc, used, plain(offsets_x), plain(offsets_y)});
     ctx->mark_non_differentiable({f1, g1, fc, gc, error, iterations, converged, used});
     return {value, f1, g1, fc, gc, error, iterations, converged, used};
   }
@@ -96,16 +102,19 @@ class SinkhornFunction : public torch::autograd::Function<SinkhornFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &y = saved[1], &f = saved[4], &g = saved[5], &epsilon = saved[6];
-    const OptionalTensor a = optional(saved[2]), b = optional(saved[3]);
+    const OptionalTensor a = optional(saved[2]), b = optional(saved[3]), ox = optional(saved[7]),
+                         oy = optional(saved[8]);
     const auto [cost, power, rx, ry] = Kept::load(ctx);
     const auto& points = sinkhorn_gradient_op();
     const auto& weights = sinkhorn_weight_gradient_op();
     const Needs needs(*ctx, 2, a, b);
-    variable_list inputs(13);
-    if (needs.x) inputs[0] = scaled(grads[0], points.call(x, y, a, b, f, g, epsilon, cost, power, rx, ry), 2);
-    if (needs.y) inputs[1] = scaled(grads[0], points.call(y, x, b, a, g, f, epsilon, cost, power, ry, rx), 2);
-    if (needs.a) inputs[2] = scaled(grads[0], weights.call(x, y, a, b, f, epsilon, cost, power, rx, ry), 1);
-    if (needs.b) inputs[3] = scaled(grads[0], weights.call(y, x, b, a, g, epsilon, cost, power, ry, rx), 1);
+    variable_list inputs(15);
+    if (needs.x)
+      inputs[0] = scaled(grads[0], points.call(x, y, a, b, f, g, epsilon, cost, power, rx, ry, ox, oy), 2, ox);
+    if (needs.y)
+      inputs[1] = scaled(grads[0], points.call(y, x, b, a, g, f, epsilon, cost, power, ry, rx, oy, ox), 2, oy);
+    if (needs.a) inputs[2] = scaled(grads[0], weights.call(x, y, a, b, f, epsilon, cost, power, rx, ry, ox, oy), 1, ox);
+    if (needs.b) inputs[3] = scaled(grads[0], weights.call(y, x, b, a, g, epsilon, cost, power, ry, rx, oy, ox), 1, oy);
     return inputs;
   }
 };
@@ -115,13 +124,13 @@ class DivergenceFunction : public torch::autograd::Function<DivergenceFunction> 
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& a,
                                const OptionalTensor& b, const Kept& kept, OptionalNumber epsilon,
                                OptionalNumber scaling, double tol, int64_t max_iter, OptionalNumber relaxation,
-                               int64_t memory_limit) {
+                               int64_t memory_limit, const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [value, f, g, p, q, error, iterations, converged, used] =
         sinkhorn_divergence_op().call(x, y, a, b, kept.cost, kept.power, kept.rho_x, kept.rho_y, epsilon, scaling, tol,
-                                      max_iter, relaxation, memory_limit);
+                                      max_iter, relaxation, memory_limit, offsets_x, offsets_y);
     kept.save(ctx);
-    ctx->save_for_backward({x, y, plain(a), plain(b), f, g, p, q, used});
+    ctx->save_for_backward({x, y, plain(a), plain(b), f, g, p, q, used, plain(offsets_x), plain(offsets_y)});
     ctx->mark_non_differentiable({f, g, p, q, error, iterations, converged, used});
     return {value, f, g, p, q, error, iterations, converged, used};
   }
@@ -130,40 +139,39 @@ class DivergenceFunction : public torch::autograd::Function<DivergenceFunction> 
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &y = saved[1], &f = saved[4], &g = saved[5], &p = saved[6], &q = saved[7],
                  &epsilon = saved[8];
-    const OptionalTensor a = optional(saved[2]), b = optional(saved[3]);
+    const OptionalTensor a = optional(saved[2]), b = optional(saved[3]), ox = optional(saved[9]),
+                         oy = optional(saved[10]);
     const auto [cost, power, rx, ry] = Kept::load(ctx);
     const auto& points = sinkhorn_gradient_op();
     const auto& weights = sinkhorn_weight_gradient_op();
     const Needs needs(*ctx, 2, a, b);
-    variable_list inputs(12);
+    variable_list inputs(14);
     if (needs.x)
       inputs[0] = scaled(grads[0],
-                         points.call(x, y, a, b, f, g, epsilon, cost, power, rx, ry) -
-                             points.call(x, x, a, a, p, p, epsilon, cost, power, rx, rx),
-                         2);
+                         points.call(x, y, a, b, f, g, epsilon, cost, power, rx, ry, ox, oy) -
+                             points.call(x, x, a, a, p, p, epsilon, cost, power, rx, rx, ox, ox),
+                         2, ox);
     if (needs.y)
       inputs[1] = scaled(grads[0],
-                         points.call(y, x, b, a, g, f, epsilon, cost, power, ry, rx) -
-                             points.call(y, y, b, b, q, q, epsilon, cost, power, ry, ry),
-                         2);
-    // epsilon / 2 (mass of a - mass of b)^2
-    Tensor excess = at::zeros({}, epsilon.options());
-    if ((rx || ry) && (needs.a || needs.b)) {
-      const auto mass = [&](const OptionalTensor& w) {
-        return w ? at::sum(*w, {-1}, false, at::kDouble) : at::ones({}, epsilon.options());
-      };
-      excess = (epsilon * (mass(a) - mass(b))).unsqueeze(-1);
-    }
+                         points.call(y, x, b, a, g, f, epsilon, cost, power, ry, rx, oy, ox) -
+                             points.call(y, y, b, b, q, q, epsilon, cost, power, ry, ry, oy, oy),
+                         2, oy);
+    // Where mass may vanish the gradient of a self term has epsilon times its own mass, that of the cross term the
+    // other side's; the derivative of epsilon / 2 (mass of a - mass of b)^2 is their difference, so the other side
+    // stands here.
+    const bool hard = !rx && !ry;
     if (needs.a)
       inputs[2] = scaled(grads[0],
-                         weights.call(x, y, a, b, f, epsilon, cost, power, rx, ry) -
-                             weights.call(x, x, a, a, p, epsilon, cost, power, rx, rx) + excess.to(f.scalar_type()),
-                         1);
+                         weights.call(x, y, a, b, f, epsilon, cost, power, rx, ry, ox, oy) -
+                             (hard ? weights.call(x, x, a, a, p, epsilon, cost, power, rx, rx, ox, ox)
+                                   : weights.call(x, y, a, b, p, epsilon, cost, power, rx, ry, ox, oy)),
+                         1, ox);
     if (needs.b)
       inputs[3] = scaled(grads[0],
-                         weights.call(y, x, b, a, g, epsilon, cost, power, ry, rx) -
-                             weights.call(y, y, b, b, q, epsilon, cost, power, ry, ry) - excess.to(f.scalar_type()),
-                         1);
+                         weights.call(y, x, b, a, g, epsilon, cost, power, ry, rx, oy, ox) -
+                             (hard ? weights.call(y, y, b, b, q, epsilon, cost, power, ry, ry, oy, oy)
+                                   : weights.call(y, x, b, a, q, epsilon, cost, power, ry, rx, oy, ox)),
+                         1, oy);
     return inputs;
   }
 };
@@ -218,9 +226,9 @@ class MatrixFunction : public torch::autograd::Function<MatrixFunction> {
   static Tensor weight_gradient(const Tensor& costs, const Tensor& f, const OptionalTensor& a, const OptionalTensor& b,
                                 OptionalNumber rho_x, OptionalNumber rho_y, const Tensor& epsilon) {
     return RefusedFunction::apply(costs, a, b, OptionalTensor(), [&] {
-      const Tensor mass = b ? at::sum(*b, {-1}, false, at::kDouble) : at::ones({1}, epsilon.options());
+      const Tensor mass = b ? at::sum(*b, {-1}, true, at::kDouble) : at::ones({1}, epsilon.options());
       const double rho = rho_x.value_or(std::numeric_limits<double>::infinity());
-      return soft_gradient(batched(f, 1).to(at::kDouble), epsilon, rho, mass).reshape(f.sizes()).to(f.scalar_type());
+      return soft_gradient(f.to(at::kDouble), epsilon.unsqueeze(-1), rho, mass).to(f.scalar_type());
     });
   }
 };
@@ -254,20 +262,22 @@ class TransportFunction : public torch::autograd::Function<TransportFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& values, const Tensor& x, const Tensor& y,
                         const OptionalTensor& a, const OptionalTensor& b, const Tensor& f, const Tensor& g,
-                        const Tensor& epsilon, const Kept& kept) {
+                        const Tensor& epsilon, const Kept& kept, const OptionalTensor& offsets_x,
+                        const OptionalTensor& offsets_y) {
     at::AutoDispatchBelowADInplaceOrView below;
     kept.save(ctx);
-    ctx->save_for_backward({x, y, plain(a), plain(b), f, g, epsilon});
+    ctx->save_for_backward({x, y, plain(a), plain(b), f, g, epsilon, plain(offsets_x), plain(offsets_y)});
     return sinkhorn_transport_op().call(values, x, y, a, b, f, g, epsilon, kept.cost, kept.power, kept.rho_x,
-                                        kept.rho_y);
+                                        kept.rho_y, offsets_x, offsets_y);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list s = ctx->get_saved_variables();
     const Kept kept = Kept::load(ctx);
-    variable_list inputs(9);
-    inputs[0] = sinkhorn_transport_op().call(grads[0], s[1], s[0], optional(s[3]), optional(s[2]), s[5], s[4], s[6],
-                                             kept.cost, kept.power, kept.rho_y, kept.rho_x);
+    variable_list inputs(11);
+    inputs[0] =
+        sinkhorn_transport_op().call(grads[0], s[1], s[0], optional(s[3]), optional(s[2]), s[5], s[4], s[6], kept.cost,
+                                     kept.power, kept.rho_y, kept.rho_x, optional(s[8]), optional(s[7]));
     return inputs;
   }
 };
@@ -276,18 +286,21 @@ Nine sinkhorn_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a
                        std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
                        OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
                        OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& f,
-                       const OptionalTensor& g) {
-  const variable_list r = SinkhornFunction::apply(x, y, a, b, Kept{std::string(cost), power, rho_x, rho_y}, epsilon,
-                                                  scaling, tol, max_iter, relaxation, memory_limit, f, g);
+                       const OptionalTensor& g, const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
+  const variable_list r =
+      SinkhornFunction::apply(x, y, a, b, Kept{std::string(cost), power, rho_x, rho_y}, epsilon, scaling, tol, max_iter,
+                              relaxation, memory_limit, f, g, offsets_x, offsets_y);
   return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
 }
 
 Nine divergence_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                          std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
                          OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
-                         OptionalNumber relaxation, int64_t memory_limit) {
-  const variable_list r = DivergenceFunction::apply(x, y, a, b, Kept{std::string(cost), power, rho_x, rho_y}, epsilon,
-                                                    scaling, tol, max_iter, relaxation, memory_limit);
+                         OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& offsets_x,
+                         const OptionalTensor& offsets_y) {
+  const variable_list r =
+      DivergenceFunction::apply(x, y, a, b, Kept{std::string(cost), power, rho_x, rho_y}, epsilon, scaling, tol,
+                                max_iter, relaxation, memory_limit, offsets_x, offsets_y);
   return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
 }
 
@@ -301,17 +314,19 @@ Seven matrix_autograd(const Tensor& costs, const OptionalTensor& a, const Option
 
 Tensor gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                          const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
-                         OptionalNumber rho_x, OptionalNumber rho_y) {
+                         OptionalNumber rho_x, OptionalNumber rho_y, const OptionalTensor& offsets_x,
+                         const OptionalTensor& offsets_y) {
   return RefusedFunction::apply(x, OptionalTensor(y), a, b, [&] {
-    return sinkhorn_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y);
+    return sinkhorn_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, offsets_x, offsets_y);
   });
 }
 
 Tensor weight_gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                                 const Tensor& f, const Tensor& epsilon, std::string_view cost, double power,
-                                OptionalNumber rho_x, OptionalNumber rho_y) {
+                                OptionalNumber rho_x, OptionalNumber rho_y, const OptionalTensor& offsets_x,
+                                const OptionalTensor& offsets_y) {
   return RefusedFunction::apply(x, OptionalTensor(y), a, b, [&] {
-    return sinkhorn_weight_gradient_op().call(x, y, a, b, f, epsilon, cost, power, rho_x, rho_y);
+    return sinkhorn_weight_gradient_op().call(x, y, a, b, f, epsilon, cost, power, rho_x, rho_y, offsets_x, offsets_y);
   });
 }
 
@@ -323,8 +338,10 @@ Tensor matrix_gradient_autograd(const Tensor& costs, const OptionalTensor& a, co
 
 Tensor transport_autograd(const Tensor& values, const Tensor& x, const Tensor& y, const OptionalTensor& a,
                           const OptionalTensor& b, const Tensor& f, const Tensor& g, const Tensor& epsilon,
-                          std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y) {
-  return TransportFunction::apply(values, x, y, a, b, f, g, epsilon, Kept{std::string(cost), power, rho_x, rho_y});
+                          std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
+                          const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
+  return TransportFunction::apply(values, x, y, a, b, f, g, epsilon, Kept{std::string(cost), power, rho_x, rho_y},
+                                  offsets_x, offsets_y);
 }
 
 Tensor softmin_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& b, const Tensor& g,

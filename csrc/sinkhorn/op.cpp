@@ -24,7 +24,7 @@ namespace {
 Tensor dual(const Measure& x, const Measure& y, double rho_x, double rho_y, const Solution& s) {
   const auto integral = [](const Measure& m, const Tensor& potential, double rho) {
     const Tensor f = potential.to(at::kDouble), soft = std::isinf(rho) ? f : -rho * at::expm1(f / -rho);
-    return at::sum(m.weights.to(at::kDouble) * soft, {1});
+    return m.segments.sum(m.weights.to(at::kDouble) * soft);
   };
   return integral(x, s.f, rho_x) + integral(y, s.g, rho_y) -
          s.facts.select(1, 4) * (s.facts.select(1, 1) - x.mass * y.mass);
@@ -50,12 +50,14 @@ auto with_type(at::ScalarType type, const Body& body) {
 // The result of a batch, or of the one problem that was given.
 Tensor given_form(const Tensor& t, bool batch) { return batch ? t : t.squeeze(0); }
 
+bool is_batch(const Tensor& points, const OptionalTensor& offsets) { return offsets || points.dim() == 3; }
+
 // The potential to start from, of the centred problem.
 OptionalTensor start_of(const char* op, const char* name, const OptionalTensor& potential, at::IntArrayRef shape,
                         const char* other_name, const Tensor& other, const Tensor& linear, at::ScalarType type) {
   if (!potential) return std::nullopt;
   check_weights(op, name, potential, shape, other_name, other);
-  const Tensor start = (batched(potential->detach(), 1).to(at::kDouble) - linear).to(type);
+  const Tensor start = (potential->detach().reshape(linear.sizes()).to(at::kDouble) - linear).to(type);
   if (other.is_cpu()) TORCH_CHECK_VALUE(at::isfinite(start).all().item<bool>(), op, ": ", name, " must be finite");
   return start;
 }
@@ -69,11 +71,11 @@ void check_init(const char* op, const OptionalTensor& f, const OptionalTensor& g
 Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b, std::string_view cost,
               double power, OptionalNumber rho_x, OptionalNumber rho_y, OptionalNumber epsilon, OptionalNumber scaling,
               double tol, int64_t max_iter, OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& f,
-              const OptionalTensor& g) {
+              const OptionalTensor& g, const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
   constexpr const char* op = "sinkhorn";
   const Terms terms = parse_terms(op, cost, power, rho_x, rho_y);
   const Request request = parse(terms, epsilon, scaling, tol, max_iter, relaxation, memory_limit);
-  const Problem p = prepare(terms, x, y, a, b);
+  const Problem p = prepare(terms, x, y, a, b, offsets_x, offsets_y);
   const auto type = kernel_type(x);
   const Tensor linear_x = linear_part(p, p.x, 1), linear_y = linear_part(p, p.y, -1);
   check_init(op, f, g);
@@ -84,7 +86,7 @@ Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const O
       type, [&](auto scalar) { return Solver<decltype(scalar)>(p, target, request).cross(f0, g0, nullptr, nullptr); });
   warn_unless_converged(request, {&s});
   const Tensor value = dual(p.x, p.y, terms.rho_x, terms.rho_y, s) + p.x.mass * p.shift_cost;
-  const auto form = [&](const Tensor& t) { return given_form(t, x.dim() == 3); };
+  const auto form = [&](const Tensor& t) { return given_form(t, is_batch(x, offsets_x)); };
   return {form(value),  // in double: what the caller subtracts may be large
           form((s.f + linear_x).to(type)),
           form((s.g + linear_y).to(type)),
@@ -99,11 +101,12 @@ Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const O
 Nine sinkhorn_divergence(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                          std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
                          OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
-                         OptionalNumber relaxation, int64_t memory_limit) {
+                         OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& offsets_x,
+                         const OptionalTensor& offsets_y) {
   constexpr const char* op = "sinkhorn_divergence";
   const Terms terms = parse_terms(op, cost, power, rho_x, rho_y);
   const Request request = parse(terms, epsilon, scaling, tol, max_iter, relaxation, memory_limit);
-  const Problem p = prepare(terms, x, y, a, b);
+  const Problem p = prepare(terms, x, y, a, b, offsets_x, offsets_y);
   const auto type = kernel_type(x);
   const Tensor target = resolve_epsilon(p, request);
   const auto [xx, yy, xy] = with_type(type, [&](auto scalar) {
@@ -117,7 +120,7 @@ Nine sinkhorn_divergence(const Tensor& x, const Tensor& y, const OptionalTensor&
                  p.x.mass * p.shift_cost;
   if (!terms.balanced()) value = value + target / 2 * at::pow(p.x.mass - p.y.mass, 2);
   const Tensor facts = at::stack({xy.facts, xx.facts, yy.facts});
-  const auto form = [&](const Tensor& t) { return given_form(t, x.dim() == 3); };
+  const auto form = [&](const Tensor& t) { return given_form(t, is_batch(x, offsets_x)); };
   return {form(value.to(type)),
           form(xy.f),
           form(xy.g),
@@ -138,11 +141,11 @@ Seven sinkhorn_matrix(const Tensor& costs, const OptionalTensor& a, const Option
   const Problem p = prepare_matrix(terms, costs, a, b);
   const auto type = kernel_type(costs);
   check_init(op, f, g);
-  const Tensor no_x = at::zeros({1}, p.shift.options());
+  const Tensor no_x = linear_part(p, p.x, 1), no_y = linear_part(p, p.y, -1);
   std::vector<int64_t> shape_f(costs.sizes().begin(), costs.sizes().end() - 1), shape_g = shape_f;
   shape_g.back() = costs.size(-1);
   const OptionalTensor f0 = start_of(op, "init f", f, shape_f, "C", costs, no_x, type),
-                       g0 = start_of(op, "init g", g, shape_g, "C", costs, no_x, type);
+                       g0 = start_of(op, "init g", g, shape_g, "C", costs, no_y, type);
   const Tensor mean = mean_cost(p, true);
   if (costs.is_cpu())
     TORCH_CHECK_VALUE(at::isfinite(mean).all().item<bool>(), op,
@@ -173,14 +176,15 @@ Tensor with_held(const Problem& p, const Tensor& epsilon, const Body& body) {
 }
 
 Tensor gradient(const Terms& terms, const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
-                const Tensor& f, const Tensor& g, const Tensor& epsilon) {
-  const Problem p = prepare(terms, x, y, a, b);
+                const Tensor& f, const Tensor& g, const Tensor& epsilon, const OptionalTensor& offsets_x = {},
+                const OptionalTensor& offsets_y = {}) {
+  const Problem p = prepare(terms, x, y, a, b, offsets_x, offsets_y);
   const Tensor gradient = with_held(p, epsilon, [&](auto solver) {
     const auto [force, mass] = solver.gradient(f, g);
     if (terms.cost != Cost::sqeuclidean) return force;
-    return terms.separate() ? 2 * (force + mass.unsqueeze(2) * p.shift.unsqueeze(1)) : 2 * force;
+    return terms.separate() ? 2 * (force + mass.unsqueeze(-1) * p.x.segments.spread(p.shift)) : 2 * force;
   });
-  return given_form(gradient.to(x.scalar_type()), x.dim() == 3);
+  return given_form(gradient.to(x.scalar_type()), is_batch(x, offsets_x));
 }
 
 }  // namespace
@@ -188,25 +192,29 @@ Tensor gradient(const Terms& terms, const Tensor& x, const Tensor& y, const Opti
 // d cost / d x = sum_j plan_ij dC_ij / dx_i at frozen potentials of the centred problem. [N, D]
 Tensor sinkhorn_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                          const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
-                         OptionalNumber rho_x, OptionalNumber rho_y) {
-  return gradient(parse_terms("sinkhorn_gradient", cost, power, rho_x, rho_y), x, y, a, b, f, g, epsilon);
+                         OptionalNumber rho_x, OptionalNumber rho_y, const OptionalTensor& offsets_x,
+                         const OptionalTensor& offsets_y) {
+  return gradient(parse_terms("sinkhorn_gradient", cost, power, rho_x, rho_y), x, y, a, b, f, g, epsilon, offsets_x,
+                  offsets_y);
 }
 
-// rho (1 - T) - epsilon (T - mass of the other side), T = exp(-f / rho). [B, N] double
+// rho (1 - T) - epsilon (T - mass of the other side), T = exp(-f / rho), double; the arguments go together.
 Tensor soft_gradient(const Tensor& f, const Tensor& epsilon, double rho, const Tensor& other_mass) {
   const Tensor soft = std::isinf(rho) ? f : -rho * at::expm1(f / -rho);
-  return soft - epsilon.reshape({-1, 1}) * (at::exp(f / -rho) - other_mass.reshape({-1, 1}));
+  return soft - epsilon * (at::exp(f / -rho) - other_mass);
 }
 
 // d cost / d a, from the potential of the centred problem; defined up to a constant where both marginals are hard. [N]
 Tensor sinkhorn_weight_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                                 const Tensor& f, const Tensor& epsilon, std::string_view cost, double power,
-                                OptionalNumber rho_x, OptionalNumber rho_y) {
+                                OptionalNumber rho_x, OptionalNumber rho_y, const OptionalTensor& offsets_x,
+                                const OptionalTensor& offsets_y) {
   const Terms terms = parse_terms("sinkhorn_weight_gradient", cost, power, rho_x, rho_y);
-  const Problem p = prepare(terms, x, y, a, b);
-  const Tensor potential = batched(f, 1).to(at::kDouble) + linear_part(p, p.x, 1);
-  const Tensor gradient = soft_gradient(potential, epsilon, terms.rho_x, p.y.mass);
-  return given_form(gradient.to(f.scalar_type()), x.dim() == 3);
+  const Problem p = prepare(terms, x, y, a, b, offsets_x, offsets_y);
+  const Tensor linear = linear_part(p, p.x, 1), potential = f.reshape(linear.sizes()).to(at::kDouble) + linear;
+  const auto spread = [&](const Tensor& t) { return p.x.segments.spread(t); };
+  const Tensor gradient = soft_gradient(potential, spread(epsilon.reshape({-1})), terms.rho_x, spread(p.y.mass));
+  return given_form(gradient.to(f.scalar_type()), is_batch(x, offsets_x));
 }
 
 // d cost / d C: the plan. [N, M]
@@ -223,21 +231,20 @@ Tensor sinkhorn_matrix_gradient(const Tensor& costs, const OptionalTensor& a, co
 // The plan of held potentials times values [M, K]. [N, K]
 Tensor sinkhorn_transport(const Tensor& values, const Tensor& x, const Tensor& y, const OptionalTensor& a,
                           const OptionalTensor& b, const Tensor& f, const Tensor& g, const Tensor& epsilon,
-                          std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y) {
+                          std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
+                          const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
   constexpr const char* op = "sinkhorn_transport";
   const Terms terms = parse_terms(op, cost, power, rho_x, rho_y);
-  const Problem p = prepare(terms, x, y, a, b);
+  const Problem p = prepare(terms, x, y, a, b, offsets_x, offsets_y);
   check_floating(op, "values", values);
   check_same_device(op, "values", values, "y", y);
   TORCH_CHECK_VALUE(
       values.dim() == y.dim() && values.sizes().slice(0, y.dim() - 1) == shape_of_weights(y) && values.size(-1) > 0, op,
       ": values must have shape ", shape_of_weights(y), " and one more dimension, got ", values.sizes());
-  const Tensor out =
-      with_held(p, epsilon, [&](auto solver) { return solver.transport(f, g, batched(values, 2).to(kernel_type(x))); });
-  return given_form(out.to(values.scalar_type()), x.dim() == 3);
+  const Tensor whole = (offsets_y ? values : batched(values, 2)).to(kernel_type(x));
+  const Tensor out = with_held(p, epsilon, [&](auto solver) { return solver.transport(f, g, whole); });
+  return given_form(out.to(values.scalar_type()), is_batch(x, offsets_x));
 }
-
-// The potential of x's side at the points: -epsilon log sum_j b_j exp((g_j - C(x, y_j)) / epsilon), for the potential g
 
 namespace {
 

@@ -87,18 +87,17 @@ struct Weights {
 };
 
 // The weights and their masses, equal where the problem is balanced.
-Weights prepare_weights(const Terms& terms, const Tensor& like, int64_t problems, int64_t n, int64_t m,
+Weights prepare_weights(const Terms& terms, const Tensor& like, const Segments& x, const Segments& y,
                         const OptionalTensor& a, const OptionalTensor& b) {
-  const auto doubles = like.options().dtype(at::kDouble);
-  const auto weights = [&](const OptionalTensor& w, int64_t count) {
-    return w ? batched(w->detach(), 1).to(at::kDouble)
-             : at::full({problems, count}, 1.0 / static_cast<double>(count), doubles);
+  const auto weights = [&](const OptionalTensor& w, const Segments& of) {
+    if (!w) return of.uniform(like.options().dtype(at::kDouble));
+    return (of.ragged() ? w->detach() : batched(w->detach(), 1)).to(at::kDouble);
   };
   Weights w;
-  w.a = weights(a, n);
-  w.b = weights(b, m);
-  w.mass_a = at::sum(w.a, {1});
-  w.mass_b = at::sum(w.b, {1});
+  w.a = weights(a, x);
+  w.b = weights(b, y);
+  w.mass_a = x.sum(w.a);
+  w.mass_b = y.sum(w.b);
   if (like.is_cpu()) {
     const auto check = [&](const char* name, const Tensor& weights, const Tensor& mass) {
       TORCH_CHECK_VALUE(
@@ -121,20 +120,22 @@ Weights prepare_weights(const Terms& terms, const Tensor& like, int64_t problems
   }
   if (terms.balanced() && (a || b)) {
     // both, so that the plan of (y, x) is that of (x, y), and a_i b_j stays
-    const Tensor ratio = at::sqrt(w.mass_a / w.mass_b).unsqueeze(1);
-    w.a = w.a / ratio;
-    w.b = w.b * ratio;
+    const Tensor ratio = at::sqrt(w.mass_a / w.mass_b);
+    w.a = w.a / x.spread(ratio);
+    w.b = w.b * y.spread(ratio);
     w.mass_a = w.mass_b = at::sqrt(w.mass_a * w.mass_b);
   }
   return w;
 }
 
-Measure measure(const Tensor& points, const Tensor& weights, const Tensor& mass, const Tensor& centre, Cost cost) {
+Measure measure(const Segments& segments, const Tensor& points, const Tensor& weights, const Tensor& mass,
+                const Tensor& centre, Cost cost) {
   const auto type = kernel_type(points);
   Measure m;
-  m.points = at::sub(points, centre.unsqueeze(1)).to(type).contiguous();
-  const Tensor squares = at::sum(m.points * m.points, {2}, false, at::kDouble);
-  m.spread = at::sum(squares * weights, {1}) / mass;
+  m.segments = segments;
+  const auto [centred, squares] = segments.centred(points, centre, type);
+  m.points = centred;
+  m.spread = segments.sum(squares * weights) / mass;
   m.squares = cost == Cost::sqeuclidean ? squares.to(type) : at::zeros(squares.sizes(), m.points.options());
   m.weights = weights.to(type).contiguous();
   m.log_weights =
@@ -146,7 +147,7 @@ Measure measure(const Tensor& points, const Tensor& weights, const Tensor& mass,
 }  // namespace
 
 Problem prepare(const Terms& terms, const Tensor& given_x, const Tensor& given_y, const OptionalTensor& a,
-                const OptionalTensor& b) {
+                const OptionalTensor& b, const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
   const char* op = terms.op;
   check_cloud(op, "x", given_x);
   check_cloud(op, "y", given_y);
@@ -159,12 +160,20 @@ Problem prepare(const Terms& terms, const Tensor& given_x, const Tensor& given_y
                     "), got ", given_y.size(-1));
   check_weights(op, "a", a, shape_of_weights(given_x), "x", given_x);
   check_weights(op, "b", b, shape_of_weights(given_y), "y", given_y);
-  const Tensor x = batched(given_x.detach(), 2), y = batched(given_y.detach(), 2);
-  const Weights w = prepare_weights(terms, x, x.size(0), x.size(1), y.size(1), a, b);
-  const auto mean = [](const Tensor& points, const Tensor& weights, const Tensor& mass) {
-    return at::sum(points * weights.unsqueeze(2), {1}) / mass.unsqueeze(1);
+  TORCH_CHECK_VALUE(offsets_x.has_value() == offsets_y.has_value(), op, ": offsets must be those of x and of y");
+  const auto segmented = [&](const char* name, const Tensor& points, const OptionalTensor& offsets) {
+    return offsets ? Segments(op, name, *offsets, points) : Segments(points.size(0), points.size(1));
   };
-  const Tensor mean_x = mean(x, w.a, w.mass_a), mean_y = mean(y, w.b, w.mass_b);
+  const auto in_batch = [&](const Tensor& points) { return offsets_x ? points.detach() : batched(points.detach(), 2); };
+  const Tensor x = in_batch(given_x), y = in_batch(given_y);
+  const Segments of_x = segmented("x", x, offsets_x), of_y = segmented("y", y, offsets_y);
+  TORCH_CHECK_VALUE(of_x.problems() == of_y.problems(), op, ": offsets of y must be those of as many problems as x (",
+                    of_x.problems(), "), got ", of_y.problems());
+  const Weights w = prepare_weights(terms, x, of_x, of_y, a, b);
+  const auto mean = [](const Segments& of, const Tensor& points, const Tensor& weights, const Tensor& mass) {
+    return of.weighted_sum(points, weights) / mass.unsqueeze(1);
+  };
+  const Tensor mean_x = mean(of_x, x, w.a, w.mass_a), mean_y = mean(of_y, y, w.b, w.mass_b);
   if (x.is_cpu()) {
     TORCH_CHECK_VALUE(at::isfinite(mean_x).all().item<bool>(), op, ": x must be finite");
     TORCH_CHECK_VALUE(at::isfinite(mean_y).all().item<bool>(), op, ": y must be finite");
@@ -175,8 +184,8 @@ Problem prepare(const Terms& terms, const Tensor& given_x, const Tensor& given_y
   const bool separate = terms.separate();
   const Tensor middle = separate ? Tensor() : terms.around_y ? mean_y : (mean_x + mean_y) / 2;
   p.shift_cost = separate ? at::sum(p.shift * p.shift, {1}) : at::zeros_like(w.mass_a);
-  p.x = measure(x, w.a, w.mass_a, separate ? mean_x : middle, terms.cost);
-  p.y = measure(y, w.b, w.mass_b, separate ? mean_y : middle, terms.cost);
+  p.x = measure(of_x, x, w.a, w.mass_a, separate ? mean_x : middle, terms.cost);
+  p.y = measure(of_y, y, w.b, w.mass_b, separate ? mean_y : middle, terms.cost);
   if (x.is_cpu()) {
     const auto check = [&](const char* name, const Measure& m) {
       TORCH_CHECK_VALUE(at::isfinite(m.spread).all().item<bool>(), op, ": ", name,
@@ -201,13 +210,14 @@ Problem prepare_matrix(const Terms& terms, const Tensor& costs, const OptionalTe
   Problem p;
   p.terms = terms;
   p.matrix = batched(costs.detach(), 2).to(kernel_type(costs)).contiguous();
-  const Weights w = prepare_weights(terms, p.matrix, p.matrix.size(0), p.matrix.size(1), p.matrix.size(2), a, b);
+  const Segments rows(p.matrix.size(0), p.matrix.size(1)), columns(p.matrix.size(0), p.matrix.size(2));
+  const Weights w = prepare_weights(terms, p.matrix, rows, columns, a, b);
   const auto none = [&](const Tensor& weights) {
     return at::empty({weights.size(0), weights.size(1), 0}, p.matrix.options());
   };
   const Tensor nowhere = at::zeros({p.matrix.size(0), 0}, w.a.options());
-  p.x = measure(none(w.a), w.a, w.mass_a, nowhere, terms.cost);
-  p.y = measure(none(w.b), w.b, w.mass_b, nowhere, terms.cost);
+  p.x = measure(rows, none(w.a), w.a, w.mass_a, nowhere, terms.cost);
+  p.y = measure(columns, none(w.b), w.b, w.mass_b, nowhere, terms.cost);
   p.shift = nowhere;
   p.shift_cost = at::zeros_like(w.mass_a);
   return p;
@@ -227,7 +237,7 @@ Tensor mean_cost(const Problem& p, bool centred) {
     case Cost::power:
       return at::pow(square, p.terms.power / 2);
     case Cost::manhattan:
-      return at::sqrt(square * p.x.points.size(2));
+      return at::sqrt(square * p.x.points.size(-1));
     default:
       return at::sqrt(square);
   }
@@ -241,14 +251,15 @@ Tensor resolve_epsilon(const Problem& p, const Request& request) {
 
 // [B] log(1 / least positive weight)
 Tensor weight_range(const Measure& m) {
-  const Tensor mass = m.mass.to(m.weights.scalar_type()).unsqueeze(1);
-  return -at::log(at::where(m.weights > 0, m.weights, mass).amin({1})).to(at::kDouble);
+  const Tensor mass = m.segments.spread(m.mass.to(m.weights.scalar_type()));
+  return -at::log(m.segments.least(at::where(m.weights > 0, m.weights, mass)));
 }
 
 // [B, N] The potential of the original cost from that of the centred one, and back. `sign` is +1 for x, -1 for y.
 Tensor linear_part(const Problem& p, const Measure& m, double sign) {
-  if (!p.terms.separate()) return at::zeros({m.points.size(0), m.count()}, p.shift.options());
-  return 2 * sign * at::sum(m.points * p.shift.unsqueeze(1), {2}) + p.shift_cost.unsqueeze(1) / 2;
+  if (!p.terms.separate()) return at::zeros(m.weights.sizes(), p.shift.options());
+  const Tensor product = m.segments.products(m.points, p.shift);
+  return 2 * sign * product + m.segments.spread(p.shift_cost) / 2;
 }
 
 }  // namespace wgan_ext::sinkhorn

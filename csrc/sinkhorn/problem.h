@@ -1,6 +1,7 @@
 // What a Sinkhorn solve is given: the terms of the problem and its measures, checked and centred.
 //
-// Inside this backend all is a batch: points [B, N, D]; a single problem is a batch of one. Balanced problems with
+// Inside this backend all is a batch: points [B, N, D], or [total, D] where its problems are of unlike sizes
+// (segments.h); a single problem is a batch of one. Balanced problems with
 // squared Euclidean cost: each cloud is centred on its own mean in float64, for with d = mean(x) - mean(y)
 //     |x - y|^2 = |x' - y'|^2 + 2 x'.d - 2 y'.d + |d|^2
 // and the linear terms are absorbed by the potentials. Else both are centred on the midpoint of the means. Inside this
@@ -13,6 +14,7 @@
 #include <string_view>
 
 #include "kernels.h"
+#include "segments.h"
 
 namespace wgan_ext::sinkhorn {
 
@@ -47,15 +49,15 @@ Terms parse_terms(const char* op, std::string_view name, double power, OptionalN
 Request parse(const Terms& terms, OptionalNumber epsilon, OptionalNumber scaling, double tolerance, int64_t max_iter,
               OptionalNumber relaxation, int64_t memory_limit);
 
-// A weighted cloud, centred, in the type of the kernels.
+// A weighted cloud, centred, in the type of the kernels. [B, count] stands for [total] where the batch is ragged.
 struct Measure {
+  Segments segments;
   Tensor points;       // [B, count, dim]; dim 0 where the costs are given
   Tensor squares;      // [B, count], zeros but for the squared Euclidean cost
   Tensor weights;      // [B, count]
   Tensor log_weights;  // [B, count]
   Tensor mass;         // [B] double
   Tensor spread;       // [B] double, weighted mean of |x'|^2
-  int64_t count() const { return points.size(1); }
 };
 
 struct Problem {
@@ -64,7 +66,7 @@ struct Problem {
   Tensor shift;       // [B, dim] double, mean(x) - mean(y)
   Tensor shift_cost;  // [B] double, |shift|^2; zero where the clouds are centred together
   Tensor matrix;      // [B, N, M] of the kernels' type, for Cost::matrix
-  int64_t problems() const { return x.points.size(0); }
+  int64_t problems() const { return x.segments.problems(); }
 };
 
 at::ScalarType kernel_type(const Tensor& t);
@@ -78,8 +80,9 @@ at::IntArrayRef shape_of_weights(const Tensor& points);
 void check_weights(const char* op, const char* name, const OptionalTensor& w, at::IntArrayRef shape,
                    const char* other_name, const Tensor& other);
 
+// `offsets_x` and `offsets_y` are those of a ragged batch.
 Problem prepare(const Terms& terms, const Tensor& given_x, const Tensor& given_y, const OptionalTensor& a,
-                const OptionalTensor& b);
+                const OptionalTensor& b, const OptionalTensor& offsets_x = {}, const OptionalTensor& offsets_y = {});
 Problem prepare_matrix(const Terms& terms, const Tensor& costs, const OptionalTensor& a, const OptionalTensor& b);
 
 // [B] The mean cost where it has a closed form or lies in memory; else from the root mean square distance, which bounds

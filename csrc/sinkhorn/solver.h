@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "../backend.h"
 #include "../parallel.h"
@@ -18,7 +19,7 @@
 namespace wgan_ext::sinkhorn {
 
 struct Solution {
-  Tensor f, g;     // [B, N], [B, M] of the centred problem, in the type of the kernels
+  Tensor f, g;     // [B, N], [B, M], or [total], of the centred problem, in the type of the kernels
   Tensor facts;    // [B, 5] double: error, mass of the plan, iterations, converged, epsilon
   Tensor control;  // bytes
   bool converged = true;
@@ -49,8 +50,8 @@ class Solver {
     facts_ = at::stack({epsilon, start, range_x, range_y}, 1);
     facts_y_ = at::stack({epsilon, start, range_y, range_x}, 1);
     if (problem.terms.cost != Cost::matrix) {
-      columns_x_ = pack(problem.x.points);
-      columns_y_ = pack(problem.y.points);
+      columns_x_ = pack(problem.x.segments, problem.x.points);
+      columns_y_ = pack(problem.y.segments, problem.y.points);
     }
   }
 
@@ -64,13 +65,14 @@ class Solver {
     Options options = options_;
     options.row_rho = options.column_rho = of_x ? problem_.terms.rho_x : problem_.terms.rho_y;
     const Tensor control = make_control();
-    const int64_t count = sums_count(m, m, costs.ground.cost);
-    const Tensor sums = make_sums(count);
+    const int64_t most_sums = sums_size(side.cloud, side.cloud, costs.ground.cost);
+    const Tensor sums = make_sums(most_sums);
     each_group(m, m, [&](const Group& group) {
       Control* c = group.of(control_of(control));
-      const Cloud<T> cloud = side.cloud.of(group.first);
-      const Ground<T> ground = group.of(costs.ground, m, m);
-      Sums* s = static_cast<Sums*>(sums.mutable_data_ptr()) + group.first * count;
+      const Cloud<T> cloud = group.of(side.cloud);
+      const Ground<T> ground = costs.of(group);
+      Sums* s = static_cast<Sums*>(sums.mutable_data_ptr()) + group.first * most_sums;
+      const int64_t count = sums_size(cloud, cloud, ground.cost);
       kernels_.begin(c, facts_of(of_x ? facts_ : facts_y_, group), options, nullptr, nullptr, group.count, stream());
       kernels_.set_bias(c, cloud, group.count, stream());
       for (int64_t i = 0; i <= options.max_iter; ++i) {
@@ -96,17 +98,16 @@ class Solver {
       y.cloud.start = y.start.template mutable_data_ptr<T>();
     }
     const Tensor control = make_control();
-    const int64_t row_sums = sums_count(problem_.x, problem_.y, cost),
-                  column_sums = sums_count(problem_.y, problem_.x, cost), most_sums = std::max(row_sums, column_sums);
+    const int64_t most_sums = std::max(sums_size(x.cloud, y.cloud, cost), sums_size(y.cloud, x.cloud, cost));
     const Tensor all_sums = make_sums(most_sums);
     each_group(problem_.x, problem_.y, [&](const Group& group) {
       Control* c = group.of(control_of(control));
-      const Cloud<T> cx = x.cloud.of(group.first), cy = y.cloud.of(group.first);
-      const Ground<T> ground = group.of(costs.ground, problem_.x, problem_.y);
+      const Cloud<T> cx = group.of(x.cloud), cy = group.of(y.cloud);
+      const Ground<T> ground = costs.of(group);
       Ground<T> back = ground;
       back.transposed = cost == Cost::matrix;
       Sums* sums = static_cast<Sums*>(all_sums.mutable_data_ptr()) + group.first * most_sums;
-      const int64_t count = group.count;
+      const int64_t count = group.count, row_sums = sums_size(cx, cy, cost), column_sums = sums_size(cy, cx, cost);
       const auto rows = [&](Event event) {
         kernels_.pass(c, cx, cy, ground, Role::rows, count, sums, stream());
         kernels_.advance(c, event, sums, row_sums, count, stream());
@@ -146,26 +147,35 @@ class Solver {
   std::tuple<Tensor, Tensor> gradient(const Tensor& f, const Tensor& g) {
     const Held held = hold(f, g);
     Tensor force = at::empty_like(problem_.x.points), mass = at::empty_like(problem_.x.weights);
-    kernels_.gradient(control_of(held.control), held.x.cloud, held.y.cloud, held.ground, problem_.problems(),
-                      force.template mutable_data_ptr<T>(), mass.template mutable_data_ptr<T>(), stream());
+    T *to_force = force.template mutable_data_ptr<T>(), *to_mass = mass.template mutable_data_ptr<T>();
+    each_share(held, [&](const Group& group, Control* c, const Cloud<T>& x, const Cloud<T>& y, int64_t first) {
+      kernels_.gradient(c, x, y, held.ground, group.count, to_force + first * dim(), to_mass + first, stream());
+    });
     return {force, mass};
   }
 
   // The plan times values [B, M, K]. [B, N, K]
   Tensor transport(const Tensor& f, const Tensor& g, const Tensor& values) {
     const Held held = hold(f, g);
-    const Tensor packed = pack(values);
-    Tensor out = at::empty({problem_.problems(), problem_.x.count(), values.size(2)}, problem_.x.points.options());
-    kernels_.transport(control_of(held.control), held.x.cloud, held.y.cloud, held.ground, problem_.problems(),
-                       packed.template const_data_ptr<T>(), values.size(2), out.template mutable_data_ptr<T>(),
-                       stream());
+    const Tensor packed = pack(problem_.y.segments, values);
+    const int64_t width = values.size(-1), packed_width = kernels_.columns_size(1, width) / kernels_.padded(1);
+    std::vector<int64_t> shape = problem_.x.weights.sizes().vec();
+    shape.push_back(width);
+    Tensor out = at::empty(shape, problem_.x.points.options());
+    const T* from = packed.template const_data_ptr<T>();
+    T* to = out.template mutable_data_ptr<T>();
+    each_share(held, [&](const Group& group, Control* c, const Cloud<T>& x, const Cloud<T>& y, int64_t first) {
+      kernels_.transport(c, x, y, held.ground, group.count,
+                         from + held.y.cloud.first_padded(group.first) * packed_width, width, to + first * width,
+                         stream());
+    });
     return out;
   }
 
   // The softmin over y at the points x. [B, N]
   Tensor softmin(const Tensor& g) {
     const Held held = hold(at::zeros_like(problem_.x.weights), g);
-    const int64_t count = sums_count(problem_.x, problem_.y, held.ground.cost);
+    const int64_t count = sums_size(held.x.cloud, held.y.cloud, held.ground.cost);
     const Tensor sums = make_sums(count);
     kernels_.pass(control_of(held.control), held.x.cloud, held.y.cloud, held.ground, Role::rows, problem_.problems(),
                   static_cast<Sums*>(sums.mutable_data_ptr()), stream());
@@ -180,10 +190,27 @@ class Solver {
     Cloud<T> cloud;
   };
 
+  // Problems that are driven at once.
+  struct Group {
+    int64_t first, count;
+    bool whole;  // all problems of the batch
+    template <typename U>
+    U* of(U* per_problem) const {
+      return per_problem + first;
+    }
+    Cloud<T> of(const Cloud<T>& cloud) const { return whole ? cloud : cloud.of(first); }
+  };
+
   // The ground cost as passes read it, and the memory it lies in.
   struct Costs {
     Tensor matrix;
     Ground<T> ground;
+    std::vector<int64_t> first;  // [B] where each problem's matrix begins
+    Ground<T> of(const Group& group) const {
+      Ground<T> g = ground;
+      if (g.matrix) g.matrix += first[static_cast<size_t>(group.first)];
+      return g;
+    }
   };
 
   // Both sides at given potentials.
@@ -193,35 +220,57 @@ class Solver {
     Tensor control;
   };
 
-  // Problems that are driven at once.
-  struct Group {
-    int64_t first, count;
-    template <typename U>
-    U* of(U* per_problem) const {
-      return per_problem + first;
-    }
-    Ground<T> of(Ground<T> ground, const Measure& rows, const Measure& columns) const {
-      if (ground.matrix) ground.matrix += first * rows.count() * columns.count();
-      return ground;
-    }
-  };
-
-  // Calls body for all problems at once, or for each: on the CPU each problem stops by itself, and where problems are
-  // many or small the threads share out problems. Results do not depend on it.
+  // Calls body for all problems at once, or for each: on the CPU each problem stops by itself. All threads share a
+  // problem that is large, and large among the others; the rest is shared out problem by problem, the largest first.
+  // Results do not depend on it.
   template <typename Body>
   void each_group(const Measure& x, const Measure& y, const Body& body) const {
     const int64_t problems = problem_.problems();
-    if (kernels_.together || problems == 1) return body(Group{0, problems});
-    constexpr int64_t kMany = 16, kLargeWork = int64_t{1} << 23;
-    if (problems >= kMany || x.count() * y.count() * (dim() + 12) < kLargeWork)
-      return parallel_for(problems, [&](int64_t p) { body(Group{p, 1}); });
-    for (int64_t p = 0; p < problems; ++p) body(Group{p, 1});
+    if (kernels_.together || (problems == 1 && !x.segments.ragged())) return body(Group{0, problems, true});
+    constexpr double kMany = 16, kLargeWork = 1 << 23;
+    std::vector<std::pair<double, int64_t>> shares;
+    shares.reserve(static_cast<size_t>(problems));
+    double total = 0;
+    for (int64_t p = 0; p < problems; ++p) {
+      const double pairs = static_cast<double>(x.segments.count(p)) * static_cast<double>(y.segments.count(p));
+      shares.emplace_back(-pairs * static_cast<double>(dim() + 12), p);
+      total -= shares.back().first;
+    }
+    std::stable_sort(shares.begin(), shares.end());
+    int64_t large = 0;
+    for (; large < problems; ++large) {
+      const auto [work, p] = shares[static_cast<size_t>(large)];
+      if (-work < kLargeWork || -work * kMany <= total) break;
+      body(Group{p, 1, false});
+    }
+    parallel_each(problems - large,
+                  [&](int64_t k) { body(Group{shares[static_cast<size_t>(large + k)].second, 1, false}); });
+  }
+
+  // Calls body(group, its controls, rows, columns, where its rows begin) for problems at held potentials: at once but
+  // for a ragged batch on the CPU.
+  template <typename Body>
+  void each_share(const Held& held, const Body& body) const {
+    const auto call = [&](const Group& group) {
+      body(group, group.of(control_of(held.control)), group.of(held.x.cloud), group.of(held.y.cloud),
+           held.x.cloud.first(group.whole ? 0 : group.first));
+    };
+    if (problem_.x.segments.ragged()) return each_group(problem_.x, problem_.y, call);
+    call(Group{0, problem_.problems(), true});
   }
 
   Stream stream() const { return scope_.stream(); }
-  int64_t dim() const { return problem_.x.points.size(2); }
+  int64_t dim() const { return problem_.x.points.size(-1); }
   Tensor bytes(int64_t size) const { return at::empty({size}, problem_.x.points.options().dtype(at::kByte)); }
-  Tensor values(int64_t size) const { return at::empty({problem_.problems(), size}, problem_.x.points.options()); }
+  // Memory for `size` elements a problem, or as many in proportion in a ragged batch, `size` being of its largest.
+  Tensor padded_values(const Segments& segments, int64_t size) const {
+    const int64_t problems = segments.problems();
+    int64_t elements = problems * size;
+    if (segments.ragged())
+      elements = first_of_padded(segments.first(problems), problems, kernels_.padded(1)) *
+                 (size / kernels_.padded(segments.count()));
+    return at::empty({elements}, problem_.x.points.options());
+  }
   Tensor make_control() const { return bytes(problem_.problems() * static_cast<int64_t>(sizeof(Control))); }
   Tensor make_sums(int64_t count) const {
     return bytes(problem_.problems() * count * static_cast<int64_t>(sizeof(Sums)));
@@ -232,11 +281,11 @@ class Solver {
     return reinterpret_cast<const Facts*>(facts.const_data_ptr<double>()) + group.first;
   }
 
-  Tensor pack(const Tensor& points) const {
+  Tensor pack(const Segments& segments, const Tensor& points) const {
     const Tensor whole = points.contiguous();
-    const int64_t count = whole.size(1), width = whole.size(2);
-    Tensor columns = values(kernels_.columns_size(count, width));
-    kernels_.pack(whole.template const_data_ptr<T>(), count, width, problem_.problems(),
+    const int64_t width = whole.size(-1);
+    Tensor columns = padded_values(segments, kernels_.columns_size(segments.count(), width));
+    kernels_.pack(whole.template const_data_ptr<T>(), segments.offsets(), segments.count(), width, segments.problems(),
                   columns.template mutable_data_ptr<T>(), stream());
     return columns;
   }
@@ -251,32 +300,60 @@ class Solver {
                    const Tensor& column_columns) {
     Costs c;
     c.ground = ground();
-    const int64_t n = rows.count(), m = columns.count(), problems = problem_.problems();
-    if (c.ground.matrix || !kernels_.caches || !kernels_.caches(n, m, dim(), c.ground.cost) ||
-        static_cast<double>(problems) * static_cast<double>(n) * static_cast<double>(m) * sizeof(T) >
-            static_cast<double>(memory_limit_))
+    int64_t pairs = 0;
+    double bytes = 0;
+    for (int64_t p = 0; p < problem_.problems(); ++p) {
+      const int64_t n = rows.segments.count(p), m = columns.segments.count(p);
+      c.first.push_back(pairs);
+      bytes += static_cast<double>(n) * static_cast<double>(m) * sizeof(T);
+      pairs += n * m;
+    }
+    if (c.ground.matrix || !kernels_.caches ||
+        !kernels_.caches(rows.segments.count(), columns.segments.count(), dim(), c.ground.cost) ||
+        bytes > static_cast<double>(memory_limit_))
       return c;
     const Side x = make_side(rows, row_columns, columns, {}, c.ground.cost),
                y = make_side(columns, column_columns, rows, {}, c.ground.cost);
-    c.matrix = empty_result({problems, n, m}, rows.points.options());
-    kernels_.costs(x.cloud, y.cloud, c.ground, problems, c.matrix.template mutable_data_ptr<T>(), stream());
-    c.ground = {Cost::matrix, T(0), c.matrix.template const_data_ptr<T>(), false};
+    c.matrix = empty_result({pairs}, rows.points.options());
+    T* to = c.matrix.template mutable_data_ptr<T>();
+    const auto fill = [&](const Group& group) {
+      kernels_.costs(group.of(x.cloud), group.of(y.cloud), c.ground, group.count,
+                     to + c.first[static_cast<size_t>(group.first)], stream());
+    };
+    if (rows.segments.ragged())
+      each_group(rows, columns, fill);
+    else
+      fill(Group{0, problem_.problems(), true});
+    c.ground = {Cost::matrix, T(0), to, false};
     return c;
   }
 
-  int64_t sums_count(const Measure& rows, const Measure& columns, Cost cost) const {
-    return kernels_.sums_size(rows.count(), columns.count(), dim(), cost);
+  int64_t sums_size(const Cloud<T>& rows, const Cloud<T>& columns, Cost cost) const {
+    return kernels_.sums_size(rows.count, columns.count, dim(), cost);
+  }
+
+  // Of the largest problem, and what all others in proportion to their padded points make do with.
+  int64_t scratch_size(const Segments& segments, const Segments& other, Cost cost) const {
+    const int64_t all = kernels_.scratch_size(segments.count(), dim(), other.count(), cost);
+    if (!segments.ragged()) return all;
+    int64_t each = ceil_div(all, kernels_.padded(segments.count()));
+    for (int64_t p = 0; p < segments.problems(); ++p) {
+      const int64_t own = kernels_.scratch_size(segments.count(p), dim(), other.count(p), cost);
+      each = std::max(each, ceil_div(own, kernels_.padded(segments.count(p))));
+    }
+    return each * kernels_.padded(segments.count());
   }
 
   Side make_side(const Measure& m, const Tensor& columns, const Measure& other, const OptionalTensor& potential,
                  Cost cost) const {
-    const int64_t count = m.count(), problems = problem_.problems();
+    const int64_t count = m.segments.count(), padded = kernels_.padded(count);
+    const int64_t scratch = scratch_size(m.segments, other.segments, cost);
     Side s;
     s.potential =
-        potential ? potential->reshape({problems, count}).clone() : at::zeros({problems, count}, m.points.options());
+        potential ? potential->reshape(m.weights.sizes()).clone() : at::zeros(m.weights.sizes(), m.points.options());
     s.softmin = s.potential.clone();
-    s.bias = values(kernels_.padded(count));
-    s.scratch = values(kernels_.scratch_size(count, dim(), other.count(), cost));
+    s.bias = padded_values(m.segments, padded);
+    s.scratch = padded_values(m.segments, scratch);
     s.cloud = {m.points.template const_data_ptr<T>(),
                columns.defined() ? columns.template const_data_ptr<T>() : nullptr,
                m.squares.template const_data_ptr<T>(),
@@ -289,9 +366,11 @@ class Solver {
                s.scratch.template mutable_data_ptr<T>(),
                count,
                dim(),
-               columns.defined() ? columns.size(1) : 0,
-               s.bias.size(1),
-               s.scratch.size(1)};
+               columns.defined() ? kernels_.columns_size(count, dim()) : 0,
+               padded,
+               scratch,
+               m.segments.offsets(),
+               kernels_.padded(1)};
     return s;
   }
 
@@ -302,7 +381,7 @@ class Solver {
     held.y = make_side(problem_.y, columns_y_, problem_.x, g, held.ground.cost);
     held.control = make_control();
     Control* c = control_of(held.control);
-    const Group all{0, problem_.problems()};
+    const Group all{0, problem_.problems(), true};
     kernels_.begin(c, facts_of(facts_, all), options_, nullptr, nullptr, all.count, stream());
     kernels_.set_bias(c, held.y.cloud, all.count, stream());
     return held;
