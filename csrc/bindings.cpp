@@ -78,6 +78,8 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("sinkhorn_transport(Tensor values, Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y, Tensor? offsets_x, Tensor? offsets_y) -> Tensor");
   m.def("sinkhorn_softmin(Tensor x, Tensor y, Tensor? b, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
   m.def("sinkhorn_softmin_gradient(Tensor x, Tensor y, Tensor? b, Tensor f, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
+  m.def("sinkhorn_group(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit, Tensor? f, Tensor? g, str group, int rank, int[] counts_x, int[] counts_y) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
+  m.def("sinkhorn_divergence_group(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit, str group, int rank, int[] counts_x, int[] counts_y) -> (Tensor value, Tensor f, Tensor g, Tensor self_x, Tensor self_y, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
   // clang-format on
 }
 
@@ -124,6 +126,13 @@ PYBIND11_MODULE(_C, m) {
                OptionalTensor)>::bind(m, "sinkhorn_transport");
   Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, const Tensor&, const Tensor&, std::string_view,
                double)>::bind(m, "sinkhorn_softmin");
+  Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, double, OptionalNumber,
+                 OptionalNumber, OptionalNumber, OptionalNumber, double, int64_t, OptionalNumber, int64_t,
+                 OptionalTensor, OptionalTensor, std::string_view, int64_t, Integers,
+                 Integers)>::bind(m, "sinkhorn_group");
+  Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, double, OptionalNumber,
+                 OptionalNumber, OptionalNumber, OptionalNumber, double, int64_t, OptionalNumber, int64_t,
+                 std::string_view, int64_t, Integers, Integers)>::bind(m, "sinkhorn_divergence_group");
 
   // memory
   m.def("empty_cache", &wgan_ext::empty_cache);

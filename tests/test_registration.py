@@ -5,11 +5,12 @@ opcheck cannot see second derivatives; gradgradcheck, or a refusal by name, is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import wgan_ext  # noqa: F401  (registers the operators)
 
@@ -223,6 +224,20 @@ def sinkhorn_softmin_gradient_samples(device: torch.device) -> list[tuple[Any, .
     return [(x, y, b, f, g, epsilon, "euclidean", 1.0)]
 
 
+def sinkhorn_group_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    return [
+        (*sample[:16], dist.group.WORLD.group_name, 0, [7], [5])
+        for sample in sinkhorn_samples(device)
+        if sample[0].dim() == 2 and sample[-1] is None
+    ]
+
+
+def sinkhorn_divergence_group_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    return [(*sample[:14], *sample[16:]) for sample in sinkhorn_group_samples(device)]
+
+
+SAMPLES["sinkhorn_group"] = sinkhorn_group_samples
+SAMPLES["sinkhorn_divergence_group"] = sinkhorn_divergence_group_samples
 SAMPLES["sinkhorn"] = sinkhorn_samples
 SAMPLES["sinkhorn_divergence"] = sinkhorn_divergence_samples
 SAMPLES["sinkhorn_matrix"] = sinkhorn_matrix_samples
@@ -232,6 +247,13 @@ SAMPLES["sinkhorn_matrix_gradient"] = sinkhorn_matrix_gradient_samples
 SAMPLES["sinkhorn_transport"] = sinkhorn_transport_samples
 SAMPLES["sinkhorn_softmin"] = sinkhorn_softmin_samples
 SAMPLES["sinkhorn_softmin_gradient"] = sinkhorn_softmin_gradient_samples
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))

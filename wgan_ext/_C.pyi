@@ -161,6 +161,48 @@ def sinkhorn_transport(
 def sinkhorn_softmin(
     x: Tensor, y: Tensor, b: Tensor | None, g: Tensor, epsilon: Tensor, cost: str, power: float
 ) -> Tensor: ...
+def sinkhorn_group(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    cost: str,
+    power: float,
+    rho_x: float | None,
+    rho_y: float | None,
+    epsilon: float | None,
+    scaling: float | None,
+    tol: float,
+    max_iter: int,
+    relaxation: float | None,
+    memory_limit: int,
+    f: Tensor | None,
+    g: Tensor | None,
+    group: str,
+    rank: int,
+    counts_x: Sequence[int],
+    counts_y: Sequence[int],
+) -> tuple[Tensor, ...]: ...
+def sinkhorn_divergence_group(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    cost: str,
+    power: float,
+    rho_x: float | None,
+    rho_y: float | None,
+    epsilon: float | None,
+    scaling: float | None,
+    tol: float,
+    max_iter: int,
+    relaxation: float | None,
+    memory_limit: int,
+    group: str,
+    rank: int,
+    counts_x: Sequence[int],
+    counts_y: Sequence[int],
+) -> tuple[Tensor, ...]: ...
 
 # memory
 def empty_cache() -> int: ...

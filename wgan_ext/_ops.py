@@ -162,6 +162,9 @@ sinkhorn_divergence = _operator("sinkhorn_divergence")
 sinkhorn_matrix = _operator("sinkhorn_matrix")
 sinkhorn_transport = _operator("sinkhorn_transport")
 sinkhorn_softmin = _operator("sinkhorn_softmin")
+# The last four arguments are the group's name, the rank, and the numbers of all processes' rows of x and of y.
+sinkhorn_group = _operator("sinkhorn_group")
+sinkhorn_divergence_group = _operator("sinkhorn_divergence_group")
 
 
 def _sinkhorn_type(x: Tensor) -> torch.dtype:
@@ -178,6 +181,17 @@ def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
 @_register_fake("wgan_ext::sinkhorn_divergence")
 def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return _sinkhorn_result(x, y, options[-1])
+
+
+@_register_fake("wgan_ext::sinkhorn_group")
+def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    value, *rest = _sinkhorn_result(x, y, None)
+    return (value.double(), *rest)
+
+
+@_register_fake("wgan_ext::sinkhorn_divergence_group")
+def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return _sinkhorn_result(x, y, None)
 
 
 def _sinkhorn_result(x: Tensor, y: Tensor, offsets: Tensor | None) -> tuple[Tensor, ...]:
@@ -222,7 +236,15 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=_sinkhorn_type(x))
 
 
-for _name in ("sinkhorn", "sinkhorn_divergence", "sinkhorn_matrix", "sinkhorn_transport", "sinkhorn_softmin"):
+for _name in (
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_matrix",
+    "sinkhorn_transport",
+    "sinkhorn_softmin",
+    "sinkhorn_group",
+    "sinkhorn_divergence_group",
+):
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(f"wgan_ext::{_name}", _device, torch.float32)
 

@@ -22,6 +22,7 @@ from ._checks import check_device, check_floating_tensor, check_number, check_ty
 from ._transforms import refuse_derivatives
 from .ground import Cost, Ground, ground
 from .segments import Offsets, flattened, integral
+from .shards import Group, Shards, shards_of
 from .transport import MatrixPlan, PointPlan, TransportPlan
 
 __all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_divergence", "sinkhorn_matrix"]
@@ -76,6 +77,7 @@ def sinkhorn(
     relaxation: float | Literal["auto"] = "auto",
     init: tuple[Tensor, Tensor] | None = None,
     memory_limit: int = MEMORY_LIMIT,
+    group: Group = None,
 ) -> SinkhornResult:
     """Entropic optimal transport cost of x, shape (N, D), with weights a, to y, shape (M, D), with weights b.
 
@@ -113,6 +115,13 @@ def sinkhorn(
     are not finite; TypeError for dtypes; NotImplementedError for a second derivative, and for ``reach`` with "dot".
     """
     function = "sinkhorn"
+    shards = None
+    if group is not None:
+        shards = _shards(
+            function, group, x, y, a, b, offsets, cost, epsilon, reach, scaling, tol, max_iter, relaxation,
+            memory_limit, init,
+        )  # fmt: skip
+        x, y, a, b, init = _whole(shards, x, y, a, b, init)
     x, y, a, b, cuts = flattened(function, x, y, a, b, offsets)
     factor = _check(function, x, y, a, b, epsilon, scaling, tol, max_iter, relaxation, memory_limit)
     _check_init(function, init, x)
@@ -130,9 +139,10 @@ def sinkhorn(
         _check_shape(function, "init g", g, absorbed[1].shape)
         f, g = f + absorbed[0].detach(), g + absorbed[1].detach()
     points = space.points(x), space.points(y)
-    value, f, g, centred_f, centred_g, marginal_error, iterations, converged, used = _ops.sinkhorn(
+    solve, places = (_ops.sinkhorn, cuts) if shards is None else (_ops.sinkhorn_group, shards.arguments)
+    value, f, g, centred_f, centred_g, marginal_error, iterations, converged, used = solve(
         *points, a, b, space.operator, space.power, rho_x, rho_y, epsilon, scaling, tol, max_iter, factor, memory_limit,
-        f, g, *cuts,
+        f, g, *places,
     )  # fmt: skip
     plan = PointPlan(
         points=(points[0].detach(), points[1].detach()),
@@ -149,6 +159,8 @@ def sinkhorn(
         value = value - sum(integral(*each) for each in zip(absorbed, (a, b), cuts, strict=True))
         f, g = ((t - offset.detach()).to(t.dtype) for t, offset in zip((f, g), absorbed, strict=True))
     value = value.to(f.dtype)
+    if shards is not None:
+        f, g = shards.own(f, 0), shards.own(g, 1)
     return SinkhornResult(value, f, g, marginal_error, iterations, converged, used, plan)
 
 
@@ -167,6 +179,7 @@ def sinkhorn_divergence(
     max_iter: int = 1000,
     relaxation: float | Literal["auto"] = "auto",
     memory_limit: int = MEMORY_LIMIT,
+    group: Group = None,
 ) -> Tensor:
     """Debiased Sinkhorn divergence OT(x, y) - OT(x, x)/2 - OT(y, y)/2 (Feydy et al. 2019), shape () or (B,).
 
@@ -177,6 +190,13 @@ def sinkhorn_divergence(
     not negative at convergence; stopped at ``tol`` it can fall below zero by the error of its terms.
     """
     function = "sinkhorn_divergence"
+    shards = None
+    if group is not None:
+        shards = _shards(
+            function, group, x, y, a, b, offsets, cost, epsilon, reach, scaling, tol, max_iter, relaxation,
+            memory_limit, None,
+        )  # fmt: skip
+        x, y, a, b, _ = _whole(shards, x, y, a, b, None)
     x, y, a, b, cuts = flattened(function, x, y, a, b, offsets)
     factor = _check(function, x, y, a, b, epsilon, scaling, tol, max_iter, relaxation, memory_limit)
     if callable(cost):
@@ -196,9 +216,12 @@ def sinkhorn_divergence(
         return total
     space = ground(function, cost)
     rho_x, rho_y = _rho(function, reach, space)
-    value: Tensor = _ops.sinkhorn_divergence(
+    solve, places = (
+        (_ops.sinkhorn_divergence, cuts) if shards is None else (_ops.sinkhorn_divergence_group, shards.arguments)
+    )
+    value: Tensor = solve(
         space.points(x), space.points(y), _batch_weights(x, a), _batch_weights(y, b), space.operator, space.power,
-        rho_x, rho_y, epsilon, scaling, tol, max_iter, factor, memory_limit, *cuts,
+        rho_x, rho_y, epsilon, scaling, tol, max_iter, factor, memory_limit, *places,
     )[0]  # fmt: skip
     return value
 
@@ -274,6 +297,52 @@ def _solve_matrix(
         costs=C.detach(), weights=(_detached(a), _detached(b)), potentials=(f, g), epsilon=used, ends=ends
     )
     return SinkhornResult(value, f, g, marginal_error, iterations, converged, used, plan)
+
+
+def _shards(
+    function: str,
+    group: Group,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    offsets: Offsets,
+    cost: Cost,
+    epsilon: float | None,
+    reach: Reach,
+    scaling: float | None,
+    tol: float,
+    max_iter: int,
+    relaxation: Any,
+    memory_limit: Any,
+    init: Any,
+) -> Shards:
+    """Check what this process was given before all processes compare it."""
+
+    def check() -> dict[str, Any]:
+        if offsets is not None or any(isinstance(t, Tensor) and t.is_nested for t in (x, y)):
+            raise NotImplementedError(f"{function}: ragged batches are not implemented with a group")
+        if callable(cost):
+            raise NotImplementedError(
+                f"{function}: a cost given by a function is not implemented with a group; name the cost"
+            )
+        _check(function, x, y, a, b, epsilon, scaling, tol, max_iter, relaxation, memory_limit)
+        _check_init(function, init, x)
+        _rho(function, reach, ground(function, cost))
+        return {
+            "cost": cost, "epsilon": epsilon, "reach": reach, "scaling": scaling, "tol": tol, "max_iter": max_iter,
+            "relaxation": relaxation,
+        }  # fmt: skip
+
+    return shards_of(function, group, x, y, a, b, init, check)
+
+
+def _whole(
+    shards: Shards, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, init: tuple[Tensor, Tensor] | None
+) -> tuple[Any, Any, Tensor | None, Tensor | None, Any]:
+    if init is not None:
+        init = shards.gathered(init[0], 0), shards.gathered(init[1], 1)
+    return shards.whole(x, 0), shards.whole(y, 1), shards.whole(a, 0), shards.whole(b, 1), init
 
 
 def _costs(function: str, cost: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:

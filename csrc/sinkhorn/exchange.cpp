@@ -32,23 +32,30 @@ Tensor collective(const char* name, std::vector<c10::IValue> stack) {
 
 }  // namespace
 
-Exchange::Exchange(std::string group, int64_t rank, at::IntArrayRef x_counts, at::IntArrayRef y_counts)
-    : group_(std::move(group)),
-      processes_(static_cast<int64_t>(x_counts.size())),
-      x_(side(rank, x_counts)),
-      y_(side(rank, y_counts)) {
-  TORCH_CHECK_VALUE(x_counts.size() == y_counts.size() && rank >= 0 && rank < processes_,
-                    "sinkhorn: rank must be that of one of the processes whose counts are given, got ", rank, " of ",
-                    x_counts.size(), " and ", y_counts.size());
+Range rows_of(int64_t rank, at::IntArrayRef counts) {
+  TORCH_CHECK_VALUE(rank >= 0 && rank < static_cast<int64_t>(counts.size()),
+                    "sinkhorn: rank must be that of one of the ", counts.size(), " processes, got ", rank);
+  Range rows{0, counts[static_cast<size_t>(rank)]};
+  for (int64_t p = 0; p < rank; ++p) rows.begin += counts[static_cast<size_t>(p)];
+  return rows;
 }
 
-Exchange::Side Exchange::side(int64_t rank, at::IntArrayRef counts) {
-  Side side{{0, 0}, 0, {}};
+Exchange::Exchange(std::string group, int64_t rank, at::IntArrayRef x_counts, at::IntArrayRef y_counts,
+                   at::Device device)
+    : group_(std::move(group)),
+      processes_(static_cast<int64_t>(x_counts.size())),
+      x_(side(rank, x_counts, device)),
+      y_(side(rank, y_counts, device)) {
+  TORCH_CHECK_VALUE(x_counts.size() == y_counts.size(),
+                    "sinkhorn: the counts of x and of y must be of as many processes, got ", x_counts.size(), " and ",
+                    y_counts.size());
+}
+
+Exchange::Side Exchange::side(int64_t rank, at::IntArrayRef counts, at::Device device) {
+  Side side{rows_of(rank, counts), 0, {}};
   bool equal = true;
   for (size_t p = 0; p < counts.size(); ++p) {
-    TORCH_CHECK_VALUE(counts[p] > 0, "sinkhorn: each process must have a point, got counts ", counts);
-    if (static_cast<int64_t>(p) < rank) side.mine.begin += counts[p];
-    if (static_cast<int64_t>(p) == rank) side.mine.count = counts[p];
+    TORCH_CHECK_VALUE(counts[p] >= 0, "sinkhorn: counts must not be negative, got ", counts);
     side.most = std::max(side.most, counts[p]);
     equal = equal && counts[p] == counts[0];
   }
@@ -58,7 +65,7 @@ Exchange::Side Exchange::side(int64_t rank, at::IntArrayRef counts) {
       const int64_t first = static_cast<int64_t>(p) * side.most;
       places.push_back(at::arange(first, first + counts[p], at::kLong));
     }
-    side.places = at::cat(places);
+    side.places = at::cat(places).to(device);
   }
   return side;
 }
@@ -80,8 +87,12 @@ Tensor Exchange::gather(bool of_x, const Tensor& softmin, const Tensor& sums) co
   const int64_t width = side.most * static_cast<int64_t>(softmin.element_size());
   const Tensor message = at::empty({head + (width + 7) / 8 * 8}, softmin.options().dtype(at::kByte));
   const Tensor mine = message.narrow(0, 0, head).view(at::kDouble), blocks = sums.view(at::kDouble).view({-1, kSums});
-  mine.narrow(0, 0, kSums - 1).copy_(at::sum(blocks.narrow(1, 0, kSums - 1), {0}));
-  mine.select(0, kSums - 1).copy_(at::amax(blocks.select(1, kSums - 1)));
+  if (blocks.size(0) > 0) {
+    mine.narrow(0, 0, kSums - 1).copy_(at::sum(blocks.narrow(1, 0, kSums - 1), {0}));
+    mine.select(0, kSums - 1).copy_(at::amax(blocks.select(1, kSums - 1)));
+  } else {
+    mine.zero_();
+  }
   message.narrow(0, head, width)
       .view(type)
       .narrow(0, 0, side.mine.count)

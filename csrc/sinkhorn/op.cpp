@@ -62,16 +62,19 @@ OptionalTensor start_of(const char* op, const char* name, const OptionalTensor& 
   return start;
 }
 
+Tensor agreed(const Exchange* exchange, const Tensor& t) { return exchange ? exchange->agreed(t) : t; }
+
 void check_init(const char* op, const OptionalTensor& f, const OptionalTensor& g) {
   TORCH_CHECK_VALUE(f.has_value() == g.has_value(), op, ": init must hold both potentials, f and g");
 }
 
 }  // namespace
 
-Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b, std::string_view cost,
-              double power, OptionalNumber rho_x, OptionalNumber rho_y, OptionalNumber epsilon, OptionalNumber scaling,
-              double tol, int64_t max_iter, OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& f,
-              const OptionalTensor& g, const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
+Nine solve(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b, std::string_view cost,
+           double power, OptionalNumber rho_x, OptionalNumber rho_y, OptionalNumber epsilon, OptionalNumber scaling,
+           double tol, int64_t max_iter, OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& f,
+           const OptionalTensor& g, const OptionalTensor& offsets_x, const OptionalTensor& offsets_y,
+           const Exchange* exchange) {
   constexpr const char* op = "sinkhorn";
   const Terms terms = parse_terms(op, cost, power, rho_x, rho_y);
   const Request request = parse(terms, epsilon, scaling, tol, max_iter, relaxation, memory_limit);
@@ -81,11 +84,12 @@ Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const O
   check_init(op, f, g);
   const OptionalTensor f0 = start_of(op, "init f", f, shape_of_weights(x), "x", x, linear_x, type),
                        g0 = start_of(op, "init g", g, shape_of_weights(y), "y", y, linear_y, type);
-  const Tensor target = resolve_epsilon(p, request);
-  const Solution s = with_type(
-      type, [&](auto scalar) { return Solver<decltype(scalar)>(p, target, request).cross(f0, g0, nullptr, nullptr); });
+  const Tensor target = agreed(exchange, resolve_epsilon(p, request));
+  const Solution s = with_type(type, [&](auto scalar) {
+    return Solver<decltype(scalar)>(p, target, request, exchange).cross(f0, g0, nullptr, nullptr);
+  });
   warn_unless_converged(request, {&s});
-  const Tensor value = dual(p.x, p.y, terms.rho_x, terms.rho_y, s) + p.x.mass * p.shift_cost;
+  const Tensor value = agreed(exchange, dual(p.x, p.y, terms.rho_x, terms.rho_y, s) + p.x.mass * p.shift_cost);
   const auto form = [&](const Tensor& t) { return given_form(t, is_batch(x, offsets_x)); };
   return {form(value),  // in double: what the caller subtracts may be large
           form((s.f + linear_x).to(type)),
@@ -98,19 +102,19 @@ Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const O
           form(target)};
 }
 
-Nine sinkhorn_divergence(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
-                         std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
-                         OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
-                         OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& offsets_x,
-                         const OptionalTensor& offsets_y) {
+Nine solve_divergence(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                      std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
+                      OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
+                      OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& offsets_x,
+                      const OptionalTensor& offsets_y, const Exchange* exchange) {
   constexpr const char* op = "sinkhorn_divergence";
   const Terms terms = parse_terms(op, cost, power, rho_x, rho_y);
   const Request request = parse(terms, epsilon, scaling, tol, max_iter, relaxation, memory_limit);
   const Problem p = prepare(terms, x, y, a, b, offsets_x, offsets_y);
   const auto type = kernel_type(x);
-  const Tensor target = resolve_epsilon(p, request);
+  const Tensor target = agreed(exchange, resolve_epsilon(p, request));
   const auto [xx, yy, xy] = with_type(type, [&](auto scalar) {
-    Solver<decltype(scalar)> solver(p, target, request);
+    Solver<decltype(scalar)> solver(p, target, request, exchange);
     const Solution xx = solver.self(Role::rows), yy = solver.self(Role::columns);
     return std::make_tuple(xx, yy, solver.cross(xx.f, yy.f, &xx, &yy));
   });
@@ -121,7 +125,7 @@ Nine sinkhorn_divergence(const Tensor& x, const Tensor& y, const OptionalTensor&
   if (!terms.balanced()) value = value + target / 2 * at::pow(p.x.mass - p.y.mass, 2);
   const Tensor facts = at::stack({xy.facts, xx.facts, yy.facts});
   const auto form = [&](const Tensor& t) { return given_form(t, is_batch(x, offsets_x)); };
-  return {form(value.to(type)),
+  return {form(agreed(exchange, value.to(type))),
           form(xy.f),
           form(xy.g),
           form(xx.f),
@@ -130,6 +134,23 @@ Nine sinkhorn_divergence(const Tensor& x, const Tensor& y, const OptionalTensor&
           form(xy.facts.select(1, 2).to(at::kLong)),
           form(facts.select(2, 3).amin({0}).to(at::kBool)),
           form(target)};
+}
+
+Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b, std::string_view cost,
+              double power, OptionalNumber rho_x, OptionalNumber rho_y, OptionalNumber epsilon, OptionalNumber scaling,
+              double tol, int64_t max_iter, OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& f,
+              const OptionalTensor& g, const OptionalTensor& offsets_x, const OptionalTensor& offsets_y) {
+  return solve(x, y, a, b, cost, power, rho_x, rho_y, epsilon, scaling, tol, max_iter, relaxation, memory_limit, f, g,
+               offsets_x, offsets_y, nullptr);
+}
+
+Nine sinkhorn_divergence(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                         std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
+                         OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
+                         OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& offsets_x,
+                         const OptionalTensor& offsets_y) {
+  return solve_divergence(x, y, a, b, cost, power, rho_x, rho_y, epsilon, scaling, tol, max_iter, relaxation,
+                          memory_limit, offsets_x, offsets_y, nullptr);
 }
 
 Seven sinkhorn_matrix(const Tensor& costs, const OptionalTensor& a, const OptionalTensor& b, OptionalNumber rho_x,
@@ -177,10 +198,10 @@ Tensor with_held(const Problem& p, const Tensor& epsilon, const Body& body) {
 
 Tensor gradient(const Terms& terms, const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                 const Tensor& f, const Tensor& g, const Tensor& epsilon, const OptionalTensor& offsets_x = {},
-                const OptionalTensor& offsets_y = {}) {
+                const OptionalTensor& offsets_y = {}, std::optional<Range> rows = {}) {
   const Problem p = prepare(terms, x, y, a, b, offsets_x, offsets_y);
   const Tensor gradient = with_held(p, epsilon, [&](auto solver) {
-    const auto [force, mass] = solver.gradient(f, g);
+    const auto [force, mass] = rows ? solver.gradient(f, g, *rows) : solver.gradient(f, g);
     if (terms.cost != Cost::sqeuclidean) return force;
     return terms.separate() ? 2 * (force + mass.unsqueeze(-1) * p.x.segments.spread(p.shift)) : 2 * force;
   });
@@ -196,6 +217,13 @@ Tensor sinkhorn_gradient(const Tensor& x, const Tensor& y, const OptionalTensor&
                          const OptionalTensor& offsets_y) {
   return gradient(parse_terms("sinkhorn_gradient", cost, power, rho_x, rho_y), x, y, a, b, f, g, epsilon, offsets_x,
                   offsets_y);
+}
+
+// The same of some rows of x. [count, D]
+Tensor gradient_of_rows(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                        const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
+                        OptionalNumber rho_x, OptionalNumber rho_y, Range rows) {
+  return gradient(parse_terms("sinkhorn_gradient", cost, power, rho_x, rho_y), x, y, a, b, f, g, epsilon, {}, {}, rows);
 }
 
 // rho (1 - T) - epsilon (T - mass of the other side), T = exp(-f / rho), double; the arguments go together.

@@ -3,6 +3,7 @@
 #pragma once
 #include <tuple>
 
+#include "exchange.h"
 #include "problem.h"
 
 namespace wgan_ext::sinkhorn {
@@ -40,6 +41,22 @@ Tensor sinkhorn_softmin(const Tensor& x, const Tensor& y, const OptionalTensor& 
                         const Tensor& epsilon, std::string_view cost, double power);
 Tensor sinkhorn_softmin_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& b, const Tensor& f,
                                  const Tensor& g, const Tensor& epsilon, std::string_view cost, double power);
+
+// The bodies of the first two, with an exchange for one problem shared out over processes, and the gradient of some
+// rows of x: what sinkhorn_group and its divergence are made of.
+Nine solve(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b, std::string_view cost,
+           double power, OptionalNumber rho_x, OptionalNumber rho_y, OptionalNumber epsilon, OptionalNumber scaling,
+           double tol, int64_t max_iter, OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& f,
+           const OptionalTensor& g, const OptionalTensor& offsets_x, const OptionalTensor& offsets_y,
+           const Exchange* exchange);
+Nine solve_divergence(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                      std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y,
+                      OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
+                      OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& offsets_x,
+                      const OptionalTensor& offsets_y, const Exchange* exchange);
+Tensor gradient_of_rows(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                        const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
+                        OptionalNumber rho_x, OptionalNumber rho_y, Range rows);
 
 // rho (1 - T) - epsilon (T - mass of the other side), T = exp(-f / rho), double; the arguments go together.
 Tensor soft_gradient(const Tensor& f, const Tensor& epsilon, double rho, const Tensor& other_mass);

@@ -14,6 +14,7 @@
 #include "../backend.h"
 #include "../parallel.h"
 #include "../results.h"
+#include "exchange.h"
 #include "problem.h"
 
 namespace wgan_ext::sinkhorn {
@@ -28,8 +29,10 @@ struct Solution {
 template <typename T>
 class Solver {
  public:
-  Solver(const Problem& problem, const Tensor& epsilon, const Request& request)
+  // With an exchange, the one problem's rows are shared out over processes.
+  Solver(const Problem& problem, const Tensor& epsilon, const Request& request, const Exchange* exchange = nullptr)
       : problem_(problem),
+        exchange_(exchange),
         kernels_(kernels_for<Kernels<T>>(request.terms.op, problem.x.points)),
         scope_(problem.x.points),
         memory_limit_(request.memory_limit) {
@@ -49,6 +52,11 @@ class Solver {
                  range_y = weight_range(problem.y);
     facts_ = at::stack({epsilon, start, range_x, range_y}, 1);
     facts_y_ = at::stack({epsilon, start, range_y, range_x}, 1);
+    if (exchange_) {
+      const Tensor agreed = exchange_->agreed(at::stack({facts_, facts_y_}));
+      facts_ = agreed.select(0, 0);
+      facts_y_ = agreed.select(0, 1);
+    }
     if (problem.terms.cost != Cost::matrix) {
       columns_x_ = pack(problem.x.segments, problem.x.points);
       columns_y_ = pack(problem.y.segments, problem.y.points);
@@ -60,24 +68,25 @@ class Solver {
     const bool of_x = role == Role::rows;
     const Measure& m = of_x ? problem_.x : problem_.y;
     const Tensor& columns = of_x ? columns_x_ : columns_y_;
-    const Costs costs = make_costs(m, columns, m, columns);
+    const Costs costs = make_costs(m, columns, m, columns, memory_limit_, of_x);
     Side side = make_side(m, columns, m, {}, costs.ground.cost);
+    const Share share = make_share(side, m, m, of_x, costs.ground.cost);
     Options options = options_;
     options.row_rho = options.column_rho = of_x ? problem_.terms.rho_x : problem_.terms.rho_y;
     const Tensor control = make_control();
-    const int64_t most_sums = sums_size(side.cloud, side.cloud, costs.ground.cost);
+    const int64_t most_sums = sums_size(share.rows, side.cloud, costs.ground.cost);
     const Tensor sums = make_sums(most_sums);
     each_group(m, m, [&](const Group& group) {
       Control* c = group.of(control_of(control));
-      const Cloud<T> cloud = group.of(side.cloud);
+      const Cloud<T> cloud = group.of(side.cloud), rows = group.of(share.rows);
       const Ground<T> ground = costs.of(group);
       Sums* s = static_cast<Sums*>(sums.mutable_data_ptr()) + group.first * most_sums;
-      const int64_t count = sums_size(cloud, cloud, ground.cost);
+      const int64_t count = sums_size(rows, cloud, ground.cost);
       kernels_.begin(c, facts_of(of_x ? facts_ : facts_y_, group), options, nullptr, nullptr, group.count, stream());
       kernels_.set_bias(c, cloud, group.count, stream());
       for (int64_t i = 0; i <= options.max_iter; ++i) {
-        kernels_.pass(c, cloud, cloud, ground, Role::self, group.count, s, stream());
-        kernels_.advance(c, Event::self, s, count, group.count, stream());
+        if (rows.count > 0) kernels_.pass(c, rows, cloud, ground, Role::self, group.count, s, stream());
+        advance(c, Event::self, of_x, side, sums, s, count, group.count);
         if (finished(c, i, group)) break;
         kernels_.apply(c, cloud, Role::self, group.count, stream());
       }
@@ -87,34 +96,43 @@ class Solver {
 
   // x against y from nothing, from given potentials, or from the self terms if that start is the better one.
   Solution cross(const OptionalTensor& f, const OptionalTensor& g, const Solution* self_x, const Solution* self_y) {
-    const Costs costs = make_costs(problem_.x, columns_x_, problem_.y, columns_y_);
-    const Cost cost = costs.ground.cost;
+    // Each process has rows of its own in the two directions: two matrices in place of one.
+    const int64_t limit = exchange_ ? memory_limit_ / 2 : memory_limit_;
+    const Costs costs = make_costs(problem_.x, columns_x_, problem_.y, columns_y_, limit, true),
+                back_costs =
+                    exchange_ ? make_costs(problem_.y, columns_y_, problem_.x, columns_x_, limit, false) : costs;
+    const Cost cost = costs.ground.cost, back_cost = back_costs.ground.cost;
     Side x = make_side(problem_.x, columns_x_, problem_.y, f, cost),
-         y = make_side(problem_.y, columns_y_, problem_.x, g, cost);
+         y = make_side(problem_.y, columns_y_, problem_.x, g, back_cost);
     if (self_x) {
       x.start = at::empty_like(x.potential);
       y.start = at::empty_like(y.potential);
       x.cloud.start = x.start.template mutable_data_ptr<T>();
       y.cloud.start = y.start.template mutable_data_ptr<T>();
     }
+    const Share share_x = make_share(x, problem_.x, problem_.y, true, cost),
+                share_y = make_share(y, problem_.y, problem_.x, false, back_cost);
     const Tensor control = make_control();
-    const int64_t most_sums = std::max(sums_size(x.cloud, y.cloud, cost), sums_size(y.cloud, x.cloud, cost));
+    const int64_t most_sums =
+        std::max(sums_size(share_x.rows, y.cloud, cost), sums_size(share_y.rows, x.cloud, back_cost));
     const Tensor all_sums = make_sums(most_sums);
     each_group(problem_.x, problem_.y, [&](const Group& group) {
       Control* c = group.of(control_of(control));
       const Cloud<T> cx = group.of(x.cloud), cy = group.of(y.cloud);
+      const Cloud<T> rows_x = group.of(share_x.rows), rows_y = group.of(share_y.rows);
       const Ground<T> ground = costs.of(group);
-      Ground<T> back = ground;
-      back.transposed = cost == Cost::matrix;
+      Ground<T> back = back_costs.of(group);
+      back.transposed = !exchange_ && cost == Cost::matrix;
       Sums* sums = static_cast<Sums*>(all_sums.mutable_data_ptr()) + group.first * most_sums;
-      const int64_t count = group.count, row_sums = sums_size(cx, cy, cost), column_sums = sums_size(cy, cx, cost);
+      const int64_t count = group.count, row_sums = sums_size(rows_x, cy, cost),
+                    column_sums = sums_size(rows_y, cx, back_cost);
       const auto rows = [&](Event event) {
-        kernels_.pass(c, cx, cy, ground, Role::rows, count, sums, stream());
-        kernels_.advance(c, event, sums, row_sums, count, stream());
+        if (rows_x.count > 0) kernels_.pass(c, rows_x, cy, ground, Role::rows, count, sums, stream());
+        advance(c, event, true, x, all_sums, sums, row_sums, count);
       };
       const auto columns = [&](Event event) {
-        kernels_.pass(c, cy, cx, back, Role::columns, count, sums, stream());
-        kernels_.advance(c, event, sums, column_sums, count, stream());
+        if (rows_y.count > 0) kernels_.pass(c, rows_y, cx, back, Role::columns, count, sums, stream());
+        advance(c, event, false, y, all_sums, sums, column_sums, count);
       };
       const auto of_self = [&](const Solution* s) -> const Control* {
         return s ? group.of(control_of(s->control)) : nullptr;
@@ -154,6 +172,18 @@ class Solver {
     return {force, mass};
   }
 
+  // The same of some rows of the one problem. [1, count, D], [1, count]
+  std::tuple<Tensor, Tensor> gradient(const Tensor& f, const Tensor& g, Range range) {
+    const Held held = hold(f, g);
+    const Share share = make_share(held.x, problem_.x, problem_.y, range, held.ground.cost);
+    Tensor force = at::empty({1, range.count, dim()}, problem_.x.points.options()),
+           mass = at::empty({1, range.count}, problem_.x.points.options());
+    if (range.count > 0)
+      kernels_.gradient(control_of(held.control), share.rows, held.y.cloud, held.ground, 1,
+                        force.template mutable_data_ptr<T>(), mass.template mutable_data_ptr<T>(), stream());
+    return {force, mass};
+  }
+
   // The plan times values [B, M, K]. [B, N, K]
   Tensor transport(const Tensor& f, const Tensor& g, const Tensor& values) {
     const Held held = hold(f, g);
@@ -188,6 +218,13 @@ class Solver {
   struct Side {
     Tensor potential, softmin, start, bias, scratch;
     Cloud<T> cloud;
+  };
+
+  // The rows that this process passes over: all, or a range of the one problem's, with columns and scratch of their
+  // own.
+  struct Share {
+    Tensor columns, scratch;
+    Cloud<T> rows;
   };
 
   // Problems that are driven at once.
@@ -296,28 +333,29 @@ class Solver {
   }
 
   // Caches the costs where it pays and the limit allows.
-  Costs make_costs(const Measure& rows, const Tensor& row_columns, const Measure& columns,
-                   const Tensor& column_columns) {
+  Costs make_costs(const Measure& rows, const Tensor& row_columns, const Measure& columns, const Tensor& column_columns,
+                   int64_t limit, bool of_x) {
     Costs c;
     c.ground = ground();
     int64_t pairs = 0;
     double bytes = 0;
     for (int64_t p = 0; p < problem_.problems(); ++p) {
-      const int64_t n = rows.segments.count(p), m = columns.segments.count(p);
+      const int64_t n = exchange_ ? exchange_->rows(of_x).count : rows.segments.count(p), m = columns.segments.count(p);
       c.first.push_back(pairs);
       bytes += static_cast<double>(n) * static_cast<double>(m) * sizeof(T);
       pairs += n * m;
     }
     if (c.ground.matrix || !kernels_.caches ||
-        !kernels_.caches(rows.segments.count(), columns.segments.count(), dim(), c.ground.cost) ||
-        bytes > static_cast<double>(memory_limit_))
+        !kernels_.caches(rows.segments.count(), columns.segments.count(), dim(), c.ground.cost) || pairs == 0 ||
+        bytes > static_cast<double>(limit))
       return c;
     const Side x = make_side(rows, row_columns, columns, {}, c.ground.cost),
                y = make_side(columns, column_columns, rows, {}, c.ground.cost);
+    const Share share = make_share(x, rows, columns, of_x, c.ground.cost);
     c.matrix = empty_result({pairs}, rows.points.options());
     T* to = c.matrix.template mutable_data_ptr<T>();
     const auto fill = [&](const Group& group) {
-      kernels_.costs(group.of(x.cloud), group.of(y.cloud), c.ground, group.count,
+      kernels_.costs(group.of(share.rows), group.of(y.cloud), c.ground, group.count,
                      to + c.first[static_cast<size_t>(group.first)], stream());
     };
     if (rows.segments.ragged())
@@ -374,6 +412,45 @@ class Solver {
     return s;
   }
 
+  Share make_share(const Side& side, const Measure& m, const Measure& other, bool of_x, Cost cost) const {
+    if (!exchange_) return {{}, {}, side.cloud};
+    return make_share(side, m, other, exchange_->rows(of_x), cost);
+  }
+
+  Share make_share(const Side& side, const Measure& m, const Measure& other, Range range, Cost cost) const {
+    Share s{{}, {}, side.cloud};
+    Cloud<T>& rows = s.rows;
+    const auto [begin, count] = range;
+    rows.points += begin * dim();
+    rows.squares += begin;
+    rows.weights += begin;
+    rows.log_weights += begin;
+    rows.potential += begin;
+    rows.softmin += begin;
+    if (rows.start) rows.start += begin;
+    rows.bias = nullptr;  // of columns
+    rows.count = count;
+    rows.padded = kernels_.padded(count);
+    rows.columns_size = kernels_.columns_size(count, dim());
+    rows.scratch_size = kernels_.scratch_size(count, dim(), other.segments.count(), cost);
+    if (count == 0) return s;
+    s.columns = pack(Segments(1, count), m.points.narrow(1, begin, count));
+    s.scratch = at::empty({rows.scratch_size}, m.points.options());
+    rows.columns = s.columns.template const_data_ptr<T>();
+    rows.scratch = s.scratch.template mutable_data_ptr<T>();
+    return s;
+  }
+
+  // The controller's next decisions, from the sums of all processes' passes.
+  void advance(Control* c, Event event, bool of_x, const Side& side, const Tensor& memory, const Sums* sums,
+               int64_t count, int64_t problems) const {
+    if (!exchange_) return kernels_.advance(c, event, sums, count, problems, stream());
+    const Tensor all =
+        exchange_->gather(of_x, side.softmin, memory.narrow(0, 0, count * static_cast<int64_t>(sizeof(Sums))));
+    kernels_.advance(c, event, static_cast<const Sums*>(all.const_data_ptr()), exchange_->processes(), problems,
+                     stream());
+  }
+
   Held hold(const Tensor& f, const Tensor& g) const {
     Held held;
     held.ground = ground();
@@ -401,6 +478,7 @@ class Solver {
   }
 
   const Problem& problem_;
+  const Exchange* exchange_;
   const Kernels<T>& kernels_;
   DeviceScope scope_;
   int64_t memory_limit_;
