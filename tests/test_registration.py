@@ -236,6 +236,11 @@ def sinkhorn_divergence_group_samples(device: torch.device) -> list[tuple[Any, .
     return [(*sample[:14], *sample[16:]) for sample in sinkhorn_group_samples(device)]
 
 
+def sinkhorn_group_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    return [(*sinkhorn_held(device), *TERMS, 2, 3)]
+
+
+SAMPLES["sinkhorn_group_gradient"] = sinkhorn_group_gradient_samples
 SAMPLES["sinkhorn_group"] = sinkhorn_group_samples
 SAMPLES["sinkhorn_divergence_group"] = sinkhorn_divergence_group_samples
 SAMPLES["sinkhorn"] = sinkhorn_samples

@@ -215,6 +215,7 @@ def _sinkhorn_facts(value: Tensor) -> tuple[Tensor, ...]:
 
 
 @_register_fake("wgan_ext::sinkhorn_gradient")
+@_register_fake("wgan_ext::sinkhorn_group_gradient")
 @_register_fake("wgan_ext::sinkhorn_matrix_gradient")
 @_register_fake("wgan_ext::sinkhorn_softmin_gradient")
 def _(x: Tensor, *rest: Any) -> Tensor:

@@ -1,6 +1,6 @@
 // Sinkhorn of one problem that is shared out over the processes of a group: the operators that solve it and their
 // derivatives. x, y, a and b are the whole problem, the same in every process, which owns some rows of x and of y:
-// those of its rank, the counts being of all. A gradient is that of the process's own rows, 0 in all others.
+// those of its rank, the counts being of all. A gradient in points is that of the process's own rows, 0 in all others.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
@@ -25,6 +25,9 @@ Nine sinkhorn_divergence_group(const Tensor& x, const Tensor& y, const OptionalT
                                OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
                                OptionalNumber relaxation, int64_t memory_limit, std::string_view group, int64_t rank,
                                at::IntArrayRef counts_x, at::IntArrayRef counts_y);
+Tensor sinkhorn_group_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                               const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost,
+                               double power, OptionalNumber rho_x, OptionalNumber rho_y, int64_t begin, int64_t count);
 
 namespace {
 
@@ -41,6 +44,8 @@ using torch::autograd::variable_list;
   }
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_group)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_divergence_group)
+WGAN_EXT_SINKHORN_HANDLE(sinkhorn_group_gradient)
+WGAN_EXT_SINKHORN_HANDLE(sinkhorn_weight_gradient)
 #undef WGAN_EXT_SINKHORN_HANDLE
 
 Exchange exchange_of(const char* op, const Tensor& x, const Tensor& y, std::string_view group, int64_t rank,
@@ -115,22 +120,19 @@ struct Seen {
   // x, and its weights and penalty, on both sides.
   Seen self() const { return {x, x, a, a, epsilon, cost, power, rho_x, rho_x, of_x, of_x}; }
 
-  // In x, at the potentials. [count, D]
+  // In x, at the potentials. [N, D], 0 but for the own rows
   Tensor of_points(const Tensor& f, const Tensor& g) const {
-    return gradient_of_rows(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, of_x);
+    return sinkhorn_group_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, of_x.begin,
+                                             of_x.count);
   }
-  // In a. [count]
+  // In a. [N]
   Tensor of_weights(const Tensor& f) const {
-    return sinkhorn_weight_gradient(x, y, a, b, f, epsilon, cost, power, rho_x, rho_y, std::nullopt, std::nullopt)
-        .narrow(0, of_x.begin, of_x.count);
+    return sinkhorn_weight_gradient_op().call(x, y, a, b, f, epsilon, cost, power, rho_x, rho_y, std::nullopt,
+                                              std::nullopt);
   }
-  // grad times the derivative of the own rows, which compute returns, at their places.
-  Tensor placed(const Tensor& grad, const Tensor& like, const std::function<Tensor()>& compute) const {
-    const Tensor gradient = OnceFunction::apply(x, y, a, b, [&] {
-      const Tensor own = compute(), all = at::zeros(like.sizes(), own.options());
-      all.narrow(0, of_x.begin, of_x.count).copy_(own);
-      return all;
-    });
+  // grad times the gradient that compute returns, which is differentiated no further.
+  Tensor times(const Tensor& grad, const std::function<Tensor()>& compute) const {
+    const Tensor gradient = OnceFunction::apply(x, y, a, b, compute);
     return grad.to(gradient.scalar_type()) * gradient;
   }
 };
@@ -145,12 +147,12 @@ variable_list gradients(AutogradContext* ctx, const Tensor& grad, size_t inputs,
                     kept.power, kept.rho_x, kept.rho_y,         kept.of_x,          kept.of_y},
       from_y = from_x.turned();
   variable_list result(inputs);
-  if (ctx->needs_input_grad(0)) result[0] = from_x.placed(grad, from_x.x, [&] { return points(saved, from_x, true); });
-  if (ctx->needs_input_grad(1)) result[1] = from_y.placed(grad, from_y.x, [&] { return points(saved, from_y, false); });
+  if (ctx->needs_input_grad(0)) result[0] = from_x.times(grad, [&] { return points(saved, from_x, true); });
+  if (ctx->needs_input_grad(1)) result[1] = from_y.times(grad, [&] { return points(saved, from_y, false); });
   if (from_x.a && ctx->needs_input_grad(2))
-    result[2] = from_x.placed(grad, *from_x.a, [&] { return weights(saved, from_x, true); });
+    result[2] = from_x.times(grad, [&] { return weights(saved, from_x, true); });
   if (from_y.a && ctx->needs_input_grad(from_x.a ? 3 : 2))
-    result[3] = from_y.placed(grad, *from_y.a, [&] { return weights(saved, from_y, false); });
+    result[3] = from_y.times(grad, [&] { return weights(saved, from_y, false); });
   return result;
 }
 
@@ -204,6 +206,14 @@ class DivergenceGroupFunction : public torch::autograd::Function<DivergenceGroup
   }
 };
 
+Tensor refused_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                        const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
+                        OptionalNumber rho_x, OptionalNumber rho_y, int64_t begin, int64_t count) {
+  return OnceFunction::apply(x, y, a, b, [&] {
+    return sinkhorn_group_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, begin, count);
+  });
+}
+
 Nine nine(const variable_list& t) { return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]}; }
 
 Nine differentiable(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
@@ -252,11 +262,21 @@ Nine sinkhorn_divergence_group(const Tensor& x, const Tensor& y, const OptionalT
                           memory_limit, std::nullopt, std::nullopt, &exchange);
 }
 
+Tensor sinkhorn_group_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                               const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost,
+                               double power, OptionalNumber rho_x, OptionalNumber rho_y, int64_t begin, int64_t count) {
+  const Tensor all = at::zeros(x.sizes(), x.options());
+  all.narrow(0, begin, count)
+      .copy_(gradient_of_rows(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, {begin, count}));
+  return all;
+}
+
 namespace {
 
 void implement(torch::Library& m) {
   m.impl("sinkhorn_group", sinkhorn_group);
   m.impl("sinkhorn_divergence_group", sinkhorn_divergence_group);
+  m.impl("sinkhorn_group_gradient", sinkhorn_group_gradient);
 }
 
 }  // namespace
@@ -266,6 +286,7 @@ TORCH_LIBRARY_IMPL(wgan_ext, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(wgan_ext, Autograd, m) {
   m.impl("sinkhorn_group", differentiable);
   m.impl("sinkhorn_divergence_group", differentiable_divergence);
+  m.impl("sinkhorn_group_gradient", refused_gradient);
 }
 
 }  // namespace wgan_ext::sinkhorn
