@@ -78,6 +78,8 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("sinkhorn_transport(Tensor values, Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y, Tensor? offsets_x, Tensor? offsets_y) -> Tensor");
   m.def("sinkhorn_softmin(Tensor x, Tensor y, Tensor? b, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
   m.def("sinkhorn_softmin_gradient(Tensor x, Tensor y, Tensor? b, Tensor f, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
+  m.def("sinkhorn_hessian(Tensor? dx, Tensor? dy, Tensor? da, Tensor? db, Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> (Tensor x, Tensor y, Tensor a, Tensor b)");
+  m.def("sinkhorn_matrix_hessian(Tensor? dC, Tensor? da, Tensor? db, Tensor C, Tensor? a, Tensor? b, Tensor f, Tensor g, Tensor epsilon, float? rho_x, float? rho_y) -> (Tensor C, Tensor a, Tensor b)");
   // clang-format on
 }
 
