@@ -81,6 +81,8 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("sinkhorn_group(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit, Tensor? f, Tensor? g, str group, int rank, int[] counts_x, int[] counts_y) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
   m.def("sinkhorn_divergence_group(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit, str group, int rank, int[] counts_x, int[] counts_y) -> (Tensor value, Tensor f, Tensor g, Tensor self_x, Tensor self_y, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
   m.def("sinkhorn_group_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y, int begin, int count) -> Tensor");
+  m.def("sinkhorn_hessian(Tensor? dx, Tensor? dy, Tensor? da, Tensor? db, Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> (Tensor x, Tensor y, Tensor a, Tensor b)");
+  m.def("sinkhorn_matrix_hessian(Tensor? dC, Tensor? da, Tensor? db, Tensor C, Tensor? a, Tensor? b, Tensor f, Tensor g, Tensor epsilon, float? rho_x, float? rho_y) -> (Tensor C, Tensor a, Tensor b)");
   // clang-format on
 }
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
-
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+from devices import DEVICES
 
 
 @pytest.fixture(params=DEVICES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES
+from devices import DEVICES
 from torch import Tensor
 
 from wgan_ext import _ops, reference

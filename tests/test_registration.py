@@ -240,9 +240,22 @@ def sinkhorn_group_gradient_samples(device: torch.device) -> list[tuple[Any, ...
     return [(*sinkhorn_held(device), *TERMS, 2, 3)]
 
 
-SAMPLES["sinkhorn_group_gradient"] = sinkhorn_group_gradient_samples
-SAMPLES["sinkhorn_group"] = sinkhorn_group_samples
-SAMPLES["sinkhorn_divergence_group"] = sinkhorn_divergence_group_samples
+def sinkhorn_hessian_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, a, b, *held = sinkhorn_held(device)
+    batch = [t.expand(2, *t.shape) for t in (x, y, a, b, *held)]
+    return [
+        (x, None, None, None, x, y, None, None, *held, *TERMS),
+        (x, y, a, b, x, y, a, b, *held, "euclidean", 1.0, 1.0, None),
+        (None, None, batch[2], None, *batch, *TERMS),
+    ]
+
+
+def sinkhorn_matrix_hessian_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, y, a, b, *held = sinkhorn_held(device)
+    C = torch.cdist(x, y)
+    return [(C, a, b, C, a, b, *held, None, None), (C, None, None, C, None, None, *held, 1.0, 1.0)]
+
+
 SAMPLES["sinkhorn"] = sinkhorn_samples
 SAMPLES["sinkhorn_divergence"] = sinkhorn_divergence_samples
 SAMPLES["sinkhorn_matrix"] = sinkhorn_matrix_samples
@@ -252,6 +265,11 @@ SAMPLES["sinkhorn_matrix_gradient"] = sinkhorn_matrix_gradient_samples
 SAMPLES["sinkhorn_transport"] = sinkhorn_transport_samples
 SAMPLES["sinkhorn_softmin"] = sinkhorn_softmin_samples
 SAMPLES["sinkhorn_softmin_gradient"] = sinkhorn_softmin_gradient_samples
+SAMPLES["sinkhorn_hessian"] = sinkhorn_hessian_samples
+SAMPLES["sinkhorn_matrix_hessian"] = sinkhorn_matrix_hessian_samples
+SAMPLES["sinkhorn_group"] = sinkhorn_group_samples
+SAMPLES["sinkhorn_divergence_group"] = sinkhorn_divergence_group_samples
+SAMPLES["sinkhorn_group_gradient"] = sinkhorn_group_gradient_samples
 
 
 @pytest.fixture(scope="module", autouse=True)

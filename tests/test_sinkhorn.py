@@ -220,31 +220,6 @@ def test_gradient_at_the_default_tolerance(device: torch.device) -> None:
     assert (got - want).norm() / want.norm() < 0.01
 
 
-def test_second_derivatives_are_refused(device: torch.device) -> None:
-    (x, a), (y, b) = cloud(9, 2, device), cloud(7, 2, device)
-    x.requires_grad_()
-    a.requires_grad_()
-    for value in (sinkhorn(x, y, a, b).value, sinkhorn_divergence(x, y, a, b)):
-        for gradient in torch.autograd.grad(value, (x, a), create_graph=True):
-            with pytest.raises(NotImplementedError, match="sinkhorn: second derivatives are not implemented"):
-                torch.autograd.grad(gradient.sum(), x, retain_graph=True)
-
-
-@pytest.mark.parametrize("wanted", ["x", "y", "a", "b", "C"])
-def test_no_part_of_a_second_derivative_is_left_out(wanted: str, device: torch.device) -> None:
-    # The square's second derivative has a part that could be had without the potentials' derivative.
-    (x, a), (y, b) = cloud(9, 2, device), cloud(7, 2, device)
-    t = {"x": x, "y": y, "a": a, "b": b, "C": reference.transport_cost_matrix(x, y)}
-    t[wanted].requires_grad_()
-    points, weights = (t["x"], t["y"]), (t["a"], t["b"])
-    values = [] if wanted == "C" else [sinkhorn(*points, *weights).value, sinkhorn_divergence(*points, *weights)]
-    values += [] if wanted in "xy" else [sinkhorn_matrix(t["C"], *weights).value]
-    for value in values:
-        (gradient,) = torch.autograd.grad(value.square(), t[wanted], create_graph=True)
-        with pytest.raises(NotImplementedError, match="sinkhorn: second derivatives are not implemented"):
-            torch.autograd.grad(gradient.square().sum(), t[wanted])
-
-
 def test_potentials_and_facts_carry_no_gradient(device: torch.device) -> None:
     x, y = torch.rand(9, 2, device=device, requires_grad=True), torch.rand(7, 2, device=device)
     result = sinkhorn(x, y)

@@ -227,6 +227,38 @@ def _(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, *term
     return torch.empty_like(f)
 
 
+@_register_fake("wgan_ext::sinkhorn_hessian")
+def _(
+    dx: Tensor | None,
+    dy: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    f: Tensor,
+    g: Tensor,
+    *terms: Any,
+) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), y.new_empty(y.shape), f.new_empty(f.shape), g.new_empty(g.shape)
+
+
+@_register_fake("wgan_ext::sinkhorn_matrix_hessian")
+def _(
+    dC: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    C: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    f: Tensor,
+    g: Tensor,
+    *terms: Any,
+) -> tuple[Tensor, ...]:
+    return C.new_empty(C.shape), f.new_empty(f.shape), g.new_empty(g.shape)
+
+
 @_register_fake("wgan_ext::sinkhorn_transport")
 def _(values: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return values.new_empty(*x.shape[:-1], values.shape[-1])
@@ -286,5 +318,7 @@ for _name, _tensors, _dims, _ragged in (
     ("sinkhorn", (0, 1, 2, 3, 14, 15), (2, 2, 1, 1, 1, 1), True),
     ("sinkhorn_divergence", (0, 1, 2, 3), (2, 2, 1, 1), True),
     ("sinkhorn_matrix", (0, 1, 2, 10, 11), (2, 1, 1, 1, 1), False),
+    ("sinkhorn_hessian", tuple(range(11)), (2, 2, 1, 1, 2, 2, 1, 1, 1, 1, 0), False),
+    ("sinkhorn_matrix_hessian", tuple(range(9)), (2, 1, 1, 2, 1, 1, 1, 1, 0), False),
 ):
     torch.library.register_vmap(f"wgan_ext::{_name}", _sinkhorn_vmap(_name, _tensors, _dims, _ragged))

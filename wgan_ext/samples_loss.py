@@ -29,7 +29,7 @@ class SamplesLoss(nn.Module):
     stays about 10 % away from; here each solve goes on to the L1 marginal error ``tol``, or ``max_iter`` iterations
     with a warning.
     ``diameter``, ``truncate``, ``cluster_scale``, ``verbose`` and ``backend`` are accepted and need not be set.
-    Differentiable once, as :func:`wgan_ext.sinkhorn`.
+    Differentiable twice, as :func:`wgan_ext.sinkhorn`.
 
     Raises NotImplementedError for other losses and kernels, ValueError and TypeError for wrong options and arguments.
     """

@@ -43,7 +43,7 @@ class SinkhornResult:
 
     value: Tensor
     """Shape (). <P, C> + epsilon KL(P | a x b), and the penalties of an unbalanced problem, as the dual at f and g, a
-    lower bound. Differentiable once."""
+    lower bound. Differentiable twice."""
     f: Tensor
     """Shape (N,). Potential of x, in units of the cost; detached."""
     g: Tensor
@@ -107,12 +107,17 @@ def sinkhorn(
     dimensions and more are kept in a matrix if it takes no more than ``memory_limit`` bytes, which stay with the
     process for the next solve until ``wgan_ext.empty_cache()``; else they are computed again in every pass.
 
-    Computed in float64 for float64 points, else in float32. Differentiable once in x, y, a and b: the partial
-    derivatives of the dual at the returned potentials (envelope theorem), those of the weights up to a constant where
-    the marginals are kept. Deterministic, and the same for any number of threads.
+    Computed in float64 for float64 points, else in float32. Differentiable twice in x, y, a and b. The first
+    derivatives are the partial ones of the dual at the returned potentials (envelope theorem), those of the
+    weights up to a constant where the marginals are kept. The second lets the potentials move (implicit
+    differentiation): a linear system, solved by conjugate gradients to a relative residual of 1e-12, in float32 1e-6
+    or as far as its rounding allows, in linear memory. It is exact at convergence only, so take a small ``tol``: its
+    error is of that order. One product with the Hessian costs several solves. Kinks have no second derivative: of
+    "l1" and of powers below 2 the pairs that meet count 0. Of a function it takes the function's own. Deterministic,
+    and the same for any number of threads, but for the second derivative's rounding.
 
     Raises ValueError for shapes, options, and (on the CPU) weights that are negative or of unequal sum and points that
-    are not finite; TypeError for dtypes; NotImplementedError for a second derivative, and for ``reach`` with "dot".
+    are not finite; TypeError for dtypes; NotImplementedError for a third derivative, and for ``reach`` with "dot".
     """
     function = "sinkhorn"
     shards = None
@@ -244,7 +249,7 @@ def sinkhorn_matrix(
 
     The other arguments, the result and the errors are those of :func:`sinkhorn`; ``reach`` is the weight rho of the
     penalties itself. C must be finite: a large cost stands for a forbidden move. ``targets``, shape (M, D), are the
-    points that ``plan.barycentric_map()`` averages. Differentiable once in C, whose gradient is the plan, a and b.
+    points that ``plan.barycentric_map()`` averages. Differentiable twice in C, whose gradient is the plan, a and b.
     """
     function = "sinkhorn_matrix"
     check_floating_tensor(function, "C", C)

@@ -10,6 +10,8 @@ namespace wgan_ext::sinkhorn {
 
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Nine sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b, std::string_view cost,
               double power, OptionalNumber rho_x, OptionalNumber rho_y, OptionalNumber epsilon, OptionalNumber scaling,
@@ -41,6 +43,16 @@ Tensor sinkhorn_softmin(const Tensor& x, const Tensor& y, const OptionalTensor& 
                         const Tensor& epsilon, std::string_view cost, double power);
 Tensor sinkhorn_softmin_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& b, const Tensor& f,
                                  const Tensor& g, const Tensor& epsilon, std::string_view cost, double power);
+// The second derivatives of sinkhorn, or sinkhorn_matrix, in points (costs) and weights, times tangents dx, dy, da, db
+// (dC, da, db), at the potentials of the centred problem. Exact where these have converged; those in the weights up to
+// a constant where both marginals are kept.
+Four sinkhorn_hessian(const OptionalTensor& dx, const OptionalTensor& dy, const OptionalTensor& da,
+                      const OptionalTensor& db, const Tensor& x, const Tensor& y, const OptionalTensor& a,
+                      const OptionalTensor& b, const Tensor& f, const Tensor& g, const Tensor& epsilon,
+                      std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y);
+Three sinkhorn_matrix_hessian(const OptionalTensor& dc, const OptionalTensor& da, const OptionalTensor& db,
+                              const Tensor& costs, const OptionalTensor& a, const OptionalTensor& b, const Tensor& f,
+                              const Tensor& g, const Tensor& epsilon, OptionalNumber rho_x, OptionalNumber rho_y);
 
 // The bodies of the first two, with an exchange for one problem shared out over processes, and the gradient of some
 // rows of x: what sinkhorn_group and its divergence are made of.
