@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -363,3 +367,23 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_processes(failures: list[dict[str, str]], name: str) -> None:
     processes.fail_if_failed(failures, name)
+
+
+def test_the_page_under_torchrun() -> None:
+    """The script of docs/processes.md, in two processes that torchrun starts."""
+    root = Path(__file__).parents[1]
+    (script,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "processes.md").read_text(), re.DOTALL)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    clouds: list[Tensor] = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        clouds += [torch.randn(100 + rank, 2), torch.randn(120, 2) + 1]
+    value = sinkhorn_divergence(torch.cat(clouds[0::2]), torch.cat(clouds[1::2])).item()
+    said = dict(re.findall(r"rank (\d): distance (\S+), gradient of shape \[(?:100|101), 2\]", run.stdout))
+    assert set(said) == {"0", "1"}, run.stdout
+    assert said["0"] == said["1"]
+    assert float(said["0"]) == pytest.approx(value, rel=1e-4)

@@ -125,7 +125,7 @@ def shards_of(
     except Exception as raised:
         error = raised
         mine = {"error": f"{type(raised).__name__}: {raised}"}
-    headers = _headers(group, mine)
+    headers = _headers(group, mine, x)
     if error is not None:
         raise error
     for rank, header in enumerate(headers):
@@ -156,13 +156,14 @@ def _text(value: Any) -> str:
     return repr(float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
-def _headers(group: ProcessGroup, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what each process says of itself."""
+def _headers(group: ProcessGroup, mine: dict[str, Any], x: Any) -> list[dict[str, Any]]:
+    """Return what each process says of itself. The kind of device is the group's choice alone, its index that of x."""
     text = json.dumps(mine).encode()
     if len(text) > HEADER_BYTES:
         text = json.dumps({"error": mine.get("error", "too long a header")[: HEADER_BYTES // 8]}).encode()
     devices = _devices(group)
-    device = "cpu" if "cpu" in devices else devices[0]
+    kind = "cpu" if "cpu" in devices else devices[0]
+    device = x.device if isinstance(x, Tensor) and x.device.type == kind else kind
     message = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
     message[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     headers = _all_gather(message.to(device), group).cpu()

@@ -116,8 +116,17 @@ def sinkhorn(
     "l1" and of powers below 2 the pairs that meet count 0. Of a function it takes the function's own. Deterministic,
     and the same for any number of threads, but for the second derivative's rounding.
 
+    ``group``, a torch.distributed.ProcessGroup, solves one problem whose rows are spread over its processes: each
+    gives its own rows of x, y, a, b and ``init``, none at all if need be, shape (0, D), and the problem is that of all,
+    in the order of the ranks. The value is the same in all; f, g and the gradients are those of the own rows; ``plan``
+    is the whole one. Points are exchanged once, in each pass the new potentials; backward exchanges nothing.
+    Differentiable once. Options must be the same in all processes: if they differ, or one process refuses its own, all
+    raise. docs/processes.md has the traffic and the memory.
+
     Raises ValueError for shapes, options, and (on the CPU) weights that are negative or of unequal sum and points that
-    are not finite; TypeError for dtypes; NotImplementedError for a third derivative, and for ``reach`` with "dot".
+    are not finite; TypeError for dtypes; NotImplementedError for a third derivative, for ``reach`` with "dot", and with
+    a ``group`` for ragged batches, functions as costs, second derivatives and torch.compile; RuntimeError where another
+    process of the group refused its arguments.
     """
     function = "sinkhorn"
     shards = None

@@ -115,7 +115,8 @@ struct Kernels {
   // potential += omega (damped softmin - potential), and its bias; then the translation of an unbalanced problem. A
   // cloud against itself is shifted by its potential from then.
   void (*apply)(const Control*, const Cloud<T>&, Role, int64_t problems, Stream);
-  // Whether all solves are known to be done; may answer late.
+  // Whether all solves are known to be done; may answer late, but by a number of calls, not by the clock: processes
+  // that solve together must all hear the same.
   bool (*finished)(Control*, int64_t problems, Stream);
   // error, mass, iterations, converged, epsilon: [problems, 5]
   void (*report)(const Control*, int64_t problems, double* out, Stream);
