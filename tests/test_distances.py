@@ -214,6 +214,29 @@ def test_gradient_where_the_distance_is_zero_is_a_subgradient() -> None:
             assert (grad.abs() <= (1 / 6 + 1e-12 if p == 1 else 0)).all()
 
 
+def test_steps_that_end_together_face_as_without_weights() -> None:
+    """Equal weights, given: all steps of the two quantile functions end in pairs."""
+    x, y, ones = randn(1000), randn(1000), torch.ones(1000, dtype=torch.float64)
+    for p in (2, 3):
+        gradients = []
+        for weights in ((), (ones, ones)):
+            points = x.clone().requires_grad_(), y.clone().requires_grad_()
+            value = wasserstein_1d(*points, *weights, p=p)
+            gradients.append((value, *torch.autograd.grad(value, points)))
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_points_of_weight_zero_are_not_there() -> None:
+    """Many of them end at the same height."""
+    x, y = randn(1000), randn(700)
+    a, b = torch.rand(1000, dtype=torch.float64), torch.rand(700, dtype=torch.float64)
+    there_x, there_y = torch.rand(1000) < 0.2, torch.rand(700) < 0.2
+    for p in (1, 2, 3):
+        value = wasserstein_1d(x, y, a * there_x, b * there_y, p=p)
+        expected = wasserstein_1d(x[there_x], y[there_y], a[there_x], b[there_y], p=p)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0.0)
+
+
 def test_moved_earth_pulls_a_generator_where_js_does_not() -> None:
     fake, real = (randn(20)).requires_grad_(), randn(20) + 100
     (grad,) = torch.autograd.grad(wasserstein_1d(fake, real), fake)

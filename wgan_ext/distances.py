@@ -131,10 +131,14 @@ def _weighted(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
     y, order_y = _sorted("y", y)
     end_x = a.gather(-1, order_x).cumsum(-1, dtype=torch.float64)
     end_y = b.gather(-1, order_y).cumsum(-1, dtype=torch.float64)
-    end, _ = torch.cat([end_x, end_y], -1).sort(-1)
+    end, order = _in_order(torch.cat([end_x, end_y], -1), stable=True)
     length = torch.cat([end[..., :1], end.diff()], -1).to(x.dtype)
-    i = torch.searchsorted(end_x.detach(), end.detach()).clamp_(max=x.shape[-1] - 1)  # the last sums round apart
-    j = torch.searchsorted(end_y.detach(), end.detach()).clamp_(max=y.shape[-1] - 1)
+    # Each side's ends keep their order, so those of the other side before the k-th are the rest of the k.
+    n, m = x.shape[-1], y.shape[-1]
+    k = torch.arange(n + m, device=x.device)
+    i = torch.where(order < n, order, k - (order - n))
+    j = k - i
+    i, j = i.clamp_(0, n - 1), j.clamp_(0, m - 1)  # the last sums round apart
     return _power_mean(x.gather(-1, i) - y.gather(-1, j), length, p)
 
 
@@ -154,13 +158,18 @@ def _power_mean(difference: Tensor, weights: Tensor | None, p: float) -> Tensor:
 
 def _sorted(name: str, points: Tensor) -> tuple[Tensor, Tensor]:
     """The points in order, and the order."""
-    if _numpy_can_sort(points):
-        order = torch.from_numpy(np.argsort(points.detach().numpy(), -1))
-        values = points.gather(-1, order)
-    else:
-        values, order = points.sort(-1)
+    values, order = _in_order(points)
     _check_sorted(name, values)
     return values, order
+
+
+def _in_order(values: Tensor, stable: bool = False) -> tuple[Tensor, Tensor]:
+    """The values in order, and the order; two runs that are in order are merged faster if it is stable."""
+    if not _numpy_can_sort(values):
+        ordered, order = values.sort(dim=-1, stable=stable)
+        return ordered, order
+    order = torch.from_numpy(np.argsort(values.detach().numpy(), -1, kind="stable" if stable else "quicksort"))
+    return values.gather(-1, order), order
 
 
 def _sorted_values(name: str, points: Tensor) -> Tensor:
