@@ -1,0 +1,218 @@
+// A pass over points of many dimensions on the tensor cores, with the accuracy of float32.
+//
+// A tensor core multiplies numbers of 11 bits. Each coordinate x is split, once a solve: times a power of two that
+// takes the cloud's greatest to [2^14, 2^15) it is high + low, both float16, 22 bits in all, and x y is high high +
+// high low + low high. What is cut off is below 2^-22 |x y|, or 2^-40 of the clouds' greatest |x| |y|. Of the splits
+// that reach this, it takes the fewest instructions a 16 x 8 tile and 16 dimensions: 3, where TensorFloat32 takes 6,
+// and bfloat16, of 8 bits, in three parts also 6.
+#pragma once
+#include "../cuda/half.cuh"
+#include "exponent.cuh"
+
+namespace wgan_ext::sinkhorn {
+
+constexpr int64_t kTensorDim = 16;  // the least
+constexpr int kTensorDepth = 32;  // dimensions in shared memory at a time: 64 bytes of high and 64 of low parts a point
+constexpr int64_t kManyDims = 64;  // up to which the tensor cores' own sums are exact enough, and all rows' chunks stay
+constexpr int kTensorRows = 128, kTensorColumns = 64;
+constexpr int kWarpRows = 32, kWarpColumns = 32, kWarpsAcross = kTensorColumns / kWarpColumns;
+constexpr int kUnits = 8;  // of 16 bytes, that hold a point's chunk
+
+// The split points of a cloud: [count padded, chunks, 2, kTensorDepth] halves after a header.
+struct alignas(16) SplitHeader {
+  float scale, unscale;
+};
+
+inline __host__ __device__ int64_t tensor_chunks(int64_t dim) { return ceil_div(dim, kTensorDepth); }
+
+// In floats.
+inline int64_t split_size(int64_t padded, int64_t dim) {
+  return static_cast<int64_t>(sizeof(SplitHeader) / sizeof(float)) + padded * tensor_chunks(dim) * kTensorDepth;
+}
+
+__device__ inline const uint4* split_units(const float* split) {
+  return reinterpret_cast<const uint4*>(split) + sizeof(SplitHeader) / sizeof(uint4);
+}
+
+// One block a problem: the power of two that points are multiplied by. What is not finite keeps it 1, and stays.
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(const float* points, int64_t size, float* split, int64_t stride) {
+  __shared__ float scratch[device::kWarp];
+  points += blockIdx.z * size;
+  float most = 0;
+  for (int64_t k = threadIdx.x; k < size; k += kThreads) most = greater(most, magnitude(points[k]));
+  most = device::block_reduce<device::Max>(most, scratch, 0.0f);
+  if (threadIdx.x != 0) return;
+  const int exponent = static_cast<int>(__float_as_uint(most) >> 23);
+  const int up = 14 + 127 - exponent < 126 ? 14 + 127 - exponent : 126;
+  SplitHeader header{1, 1};
+  if (most > 0 && exponent < 255)
+    header = {__uint_as_float(static_cast<unsigned>(127 + up) << 23),
+              __uint_as_float(static_cast<unsigned>(127 - up) << 23)};
+  *reinterpret_cast<SplitHeader*>(split + blockIdx.z * stride) = header;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    split_kernel(const float* points, int64_t count, int64_t dim, int64_t padded, float* split, int64_t split_stride) {
+  const int64_t width = tensor_chunks(dim) * kTensorDepth;
+  points += blockIdx.z * count * dim;
+  split += blockIdx.z * split_stride;
+  const float scale = reinterpret_cast<const SplitHeader*>(split)->scale;
+  Half* halves = reinterpret_cast<Half*>(split + sizeof(SplitHeader) / sizeof(float));
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < padded * width; k += step) {
+    const int64_t i = k / width, d = k % width;
+    const float x = i < count && d < dim ? scale * points[i * dim + d] : 0.0f;
+    Half* to = halves + 2 * (k - d % kTensorDepth) + d % kTensorDepth;
+    device::narrow(to[0], x);
+    device::narrow(to[kTensorDepth], x - device::widen(to[0]));
+  }
+}
+
+// A point's units lie rotated by its number, so that the same unit of 8 neighbours lies in different banks.
+struct TensorSlots {
+  uint4 rows[2][kTensorRows][kUnits];
+  uint4 columns[2][kTensorColumns][kUnits];
+};
+
+template <int count>
+__device__ void fetch_units(const uint4* split, int64_t first_point, const Step& step, uint4 (&slot)[count][kUnits]) {
+  const int unit = threadIdx.x % kUnits;
+#pragma unroll
+  for (int p = threadIdx.x / kUnits; p < count; p += kThreads / kUnits)
+    device::copy_async(&slot[p][unit ^ p % kUnits],
+                       split + ((first_point + p) * step.chunks + step.chunk) * kUnits + unit);
+}
+
+// A warp owns 32 x 32 pairs, as 2 x 4 tiles of 16 x 8. A lane holds of each tile two neighbouring columns in two rows.
+// Tensor cores cut sums off: if dimensions are `many`, each chunk's products are summed anew and added up rounded.
+template <bool safe, bool many>
+__device__ void tensor_range(const Control& control, const Cloud<float>& rows, const Cloud<float>& columns,
+                             const float* row_split, const float* column_split, int first_tile, int last_tile,
+                             TensorSlots& shared) {
+  constexpr int across = 2, down = 4;  // tiles; rows and columns of products are the tensor cores' m and n
+  const int lane = threadIdx.x % device::kWarp, warp = threadIdx.x / device::kWarp;
+  const int row_begin = warp / kWarpsAcross * kWarpRows, column_begin = warp % kWarpsAcross * kWarpColumns;
+  const int64_t first_row = int64_t{blockIdx.x} * kTensorRows + row_begin + lane / 4;
+  const double scale = kLog2e / control.epsilon;
+  const float factor = static_cast<float>(2 * scale * reinterpret_cast<const SplitHeader*>(row_split)->unscale *
+                                          reinterpret_cast<const SplitHeader*>(column_split)->unscale);
+  const int dim = static_cast<int>(rows.dim);
+
+  float shift[across][2];
+  Scaled<float> sum[across][2];
+#pragma unroll
+  for (int r = 0; r < 2 * across; ++r) {
+    const int64_t i = first_row + 8 * r;
+    shift[r / 2][r % 2] = i < rows.count ? static_cast<float>(scale) * (rows.softmin[i] - rows.squares[i]) : 0.0f;
+  }
+  // Where this lane's rows of the operands lie: of a, rows l % 16 and units l / 16; of b, two tiles of 8 columns.
+  const int a_point = row_begin + lane % 16, a_unit = lane / 16;
+  const int b_point = column_begin + lane / 16 * 8 + lane % 8, b_unit = lane / 8 % 2;
+
+  const auto fetch = [&](const Step& step) {
+    fetch_units(split_units(column_split), int64_t{step.tile} * kTensorColumns, step, shared.columns[step.parity]);
+    if (step.brings_rows())
+      fetch_units(split_units(row_split), int64_t{blockIdx.x} * kTensorRows, step, shared.rows[step.row_slot()]);
+  };
+  float s[across][2][2 * down], c[across][down][4];
+  Step now(first_tile, static_cast<int>(tensor_chunks(dim))), next = now;
+  fetch(next);
+  for (; now.tile < last_tile; now.advance()) {
+    device::wait_copies();
+    __syncthreads();
+    next.advance();
+    if (next.tile < last_tile) fetch(next);
+    if (many || now.chunk == 0) {
+#pragma unroll
+      for (int e = 0; e < 4 * down * across; ++e) c[e / (4 * down)][e / 4 % down][e % 4] = 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kTensorDepth / 16; ++k) {
+      if (now.chunk * kTensorDepth + 16 * k >= dim) break;
+      // Parts 0 are high, 1 low. Small products come first; no more operands are held than needed.
+      const auto load_a = [&](uint32_t (&a)[across][4], int part) {
+        const int unit = (part * kUnits / 2 + 2 * k + a_unit) ^ lane % kUnits;
+#pragma unroll
+        for (int m = 0; m < across; ++m)
+          device::load_matrices(a[m], &shared.rows[now.row_slot()][a_point + 16 * m][unit]);
+      };
+      const auto load_b = [&](uint32_t (&b)[4], int part, int pair) {
+        const int unit = (part * kUnits / 2 + 2 * k + b_unit) ^ lane % kUnits;
+        device::load_matrices(b, &shared.columns[now.parity][b_point + 16 * pair][unit]);
+      };
+      const auto multiply = [&](const uint32_t (&a)[across][4], const uint32_t (&b)[4], int pair) {
+#pragma unroll
+        for (int m = 0; m < across; ++m)
+#pragma unroll
+          for (int n = 0; n < 2; ++n) device::multiply_add(c[m][2 * pair + n], a[m], b[2 * n], b[2 * n + 1]);
+      };
+      uint32_t a[across][4], high[down / 2][4], low[4];
+      load_a(a, 1);
+#pragma unroll
+      for (int pair = 0; pair < down / 2; ++pair) {
+        load_b(high[pair], 0, pair);
+        multiply(a, high[pair], pair);
+      }
+      load_a(a, 0);
+#pragma unroll
+      for (int pair = 0; pair < down / 2; ++pair) {
+        load_b(low, 1, pair);
+        multiply(a, low, pair);
+      }
+#pragma unroll
+      for (int pair = 0; pair < down / 2; ++pair) multiply(a, high[pair], pair);
+    }
+    if (!many && !now.completes_tile()) continue;
+    const bool first = !many || now.chunk == 0;
+    const float* bias = columns.bias + int64_t{now.tile} * kTensorColumns + column_begin + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < down; ++n) {
+      float2 b{};
+      if (first) b = *reinterpret_cast<const float2*>(bias + 8 * n);
+#pragma unroll
+      for (int m = 0; m < across; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float (&pair)[2 * down] = s[m][h];
+          if (first) {
+            pair[2 * n] = b.x + shift[m][h];
+            pair[2 * n + 1] = b.y + shift[m][h];
+          }
+          pair[2 * n] += c[m][n][2 * h] * factor;
+          pair[2 * n + 1] += c[m][n][2 * h + 1] * factor;
+        }
+    }
+    if (!now.completes_tile()) continue;
+#pragma unroll
+    for (int r = 0; r < 2 * across; ++r) sum[r / 2][r % 2].template add_powers<safe, 0>(s[r / 2][r % 2]);
+  }
+#pragma unroll
+  for (int r = 0; r < 2 * across; ++r) {
+    const int64_t i = first_row + 8 * r;
+    sum[r / 2][r % 2].template add_lanes<safe, 4>();
+    if (lane % 4 == 0 && i < rows.count)
+      sum[r / 2][r % 2].template write<safe>(rows, int64_t{gridDim.y} * kWarpsAcross,
+                                             int64_t{blockIdx.y} * kWarpsAcross + warp % kWarpsAcross, i);
+  }
+}
+
+// For the squared cost in float32; `split` tells where in Cloud::columns the split points begin.
+template <bool many>
+__global__ void __launch_bounds__(kThreads, many ? 1 : kBlocksPerSm)
+    tensor_pass_kernel(const Control* controls, Cloud<float> all_rows, Cloud<float> all_columns, int64_t row_split,
+                       int64_t column_split) {
+  const Control* control = controls + blockIdx.z;
+  if (control->done) return;
+  const Cloud<float> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
+  __shared__ TensorSlots shared;
+  const int64_t tiles = ceil_div(columns.count, kTensorColumns), ranges = gridDim.y, range = blockIdx.y;
+  const int first = static_cast<int>(tiles * range / ranges), last = static_cast<int>(tiles * (range + 1) / ranges);
+  const float *of_rows = rows.columns + row_split, *of_columns = columns.columns + column_split;
+  if (control->safe)
+    tensor_range<true, many>(*control, rows, columns, of_rows, of_columns, first, last, shared);
+  else
+    tensor_range<false, many>(*control, rows, columns, of_rows, of_columns, first, last, shared);
+}
+
+}  // namespace wgan_ext::sinkhorn
