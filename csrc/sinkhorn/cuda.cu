@@ -25,8 +25,8 @@ constexpr int kSide = 16;                 // a block is 16 x 16 threads
 constexpr int kDepth = 16;                // dimensions in shared memory at a time
 constexpr int64_t kResidentBlocks = 264;  // that an H100 runs at once: 2 on each of 132 multiprocessors
 constexpr int64_t kMostRanges = 64;
-constexpr int64_t kMostBlocks = 4096;  // of an elementwise loop
-constexpr int kMostConstantDim = 4;    // up to which the number of dimensions is known to the compiler
+constexpr int64_t kMostBlocks = kLoopBlocks;
+constexpr int kMostConstantDim = 4;  // up to which the number of dimensions is known to the compiler
 
 template <typename T>
 struct __align__(16) Quad {  // what one load brings
@@ -54,14 +54,19 @@ __host__ __device__ constexpr int64_t coordinate(int64_t dim, int64_t i, int64_t
 }
 
 template <typename T>
-bool has_split(int64_t dim) {
+__host__ __device__ constexpr bool has_split(int64_t dim) {
   return sizeof(T) == sizeof(float) && dim >= kTensorDim;
 }
 
-// Behind the packed cloud are its split points.
+// What a padded point takes: its coordinates, and behind those of all its split ones.
+template <typename T>
+__host__ __device__ int64_t columns_width(int64_t dim) {
+  return dim + (has_split<T>(dim) ? split_width(dim) : 0);
+}
+
 template <typename T>
 int64_t columns_size(int64_t count, int64_t dim) {
-  return padded<T>(count) * dim + (has_split<T>(dim) ? split_size(padded<T>(count), dim) : 0);
+  return padded<T>(count) * columns_width<T>(dim);
 }
 
 // Into how many ranges the columns are cut: blocks go in rounds, and one takes as long as its tiles and about one more.
@@ -141,14 +146,14 @@ __device__ int64_t place(const Ground<T>& ground, const Cloud<T>& rows, const Cl
 }
 
 template <typename T>
-__global__ void pack_kernel(const T* points, int64_t count, int64_t dim, int64_t size, T* columns,
-                            int64_t columns_stride) {
+__global__ void pack_kernel(const T* points, const int64_t* offsets, int64_t count, int64_t dim, T* columns) {
   constexpr int64_t tile = Tile<T>::columns;
-  points += int64_t{blockIdx.z} * count * dim;
-  columns += int64_t{blockIdx.z} * columns_stride;
-  for (int64_t k = first_element(); k < size; k += stride()) {
+  const Extent extent(offsets, count, Tile<T>::rows);
+  points += extent.first * dim;
+  columns += extent.first_padded * columns_width<T>(dim);
+  for (int64_t k = first_element(); k < extent.padded * dim; k += stride()) {
     const int64_t d = k / tile % dim, i = k / (tile * dim) * tile + k % tile;
-    columns[k] = i < count ? points[i * dim + d] : T(0);
+    columns[k] = i < extent.count ? points[i * dim + d] : T(0);
   }
 }
 
@@ -169,6 +174,8 @@ __device__ void pass_range(const Control& control, const Cloud<T>& rows, const C
   using Shape = Tile<T>;
   constexpr int size = Quad<T>::size, R = Shape::rows_each, C = Shape::columns_each;
   constexpr bool has_points = cost != Cost::matrix, rows_shared = has_points && constant_dim == 0;
+  // where dimensions are more, the tensor cores have them
+  constexpr bool one_chunk = !has_points || constant_dim > 0 || (cost == Cost::sqeuclidean && has_split<T>(kDepth));
   static_assert(kThreads == kDepth * kSide);  // each fetches one quad of a tile of columns
   const int dim = constant_dim ? constant_dim : has_points ? static_cast<int>(rows.dim) : 0;
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
@@ -219,8 +226,8 @@ __device__ void pass_range(const Control& control, const Cloud<T>& rows, const C
   };
 
   T s[R][C];
-  Step now(first_tile, has_points && constant_dim == 0 ? (dim + kDepth - 1) / kDepth : 1), next = now;
-  if (has_points) fetch(next);
+  Step now(first_tile, one_chunk ? 1 : (dim + kDepth - 1) / kDepth), next = now;
+  if (has_points && now.tile < last_tile) fetch(next);
   for (; now.tile < last_tile; now.advance()) {
     if (has_points) {
       device::wait_copies();
@@ -299,6 +306,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Control* control = controls + blockIdx.z;
   if (control->done) return;
   const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
+  if (int64_t{blockIdx.x} * Tile<T>::rows >= rows.count) return;
   __shared__ Slots<T> shared;
   const int64_t tiles = ceil_div(columns.count, Tile<T>::columns), ranges = gridDim.y, range = blockIdx.y;
   const int first = static_cast<int>(tiles * range / ranges), last = static_cast<int>(tiles * (range + 1) / ranges);
@@ -525,14 +533,17 @@ __device__ T derivative_factor(T s, T p) {
 template <typename T, Cost cost, bool derivative>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     plan_kernel(const Control* controls, Cloud<T> all_rows, Cloud<T> all_columns, Ground<T> ground, const T* values,
-                int64_t values_stride, int64_t out_width, T* out, T* mass) {
+                int64_t out_width, T* out, T* mass) {
   const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
   const int64_t dim = rows.dim;
-  const T* source = derivative ? columns.columns : values + int64_t{blockIdx.z} * values_stride;
+  const T* source =
+      derivative ? columns.columns : values + all_columns.first_padded(blockIdx.z) * columns_width<T>(out_width);
   __shared__ T xs[kForceRows][kDepth + 1], ys[kForceColumns][kDepth + 1];
   __shared__ T weights[kForceRows][kForceColumns + 1];
   __shared__ T points[kForceColumns][kForceDims + 1];
   const int64_t row_begin = int64_t{blockIdx.x} * kForceRows;
+  if (row_begin >= rows.count) return;
+  const int64_t first = all_rows.first(blockIdx.z);
   const int64_t dim_begin = int64_t{blockIdx.y} * kForceDims;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   constexpr int kWarps = kThreads / kWarp;
@@ -611,31 +622,34 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int64_t i = row_begin + warp + r * kWarps;
     const T sum = device::warp_reduce<device::Sum>(row_mass[r]);
     if (i >= rows.count) continue;
-    if (derivative && lane == 0 && blockIdx.y == 0) mass[int64_t{blockIdx.z} * rows.count + i] = sum;
+    if (derivative && lane == 0 && blockIdx.y == 0) mass[first + i] = sum;
     for (int k = 0; k < 2; ++k) {
       const int64_t d = dim_begin + lane + k * kWarp;
-      if (d < out_width) out[(int64_t{blockIdx.z} * rows.count + i) * out_width + d] = total[r][k];
+      if (d < out_width) out[(first + i) * out_width + d] = total[r][k];
     }
   }
 }
 
 dim3 one_block(int64_t problems) { return dim3(1, 1, static_cast<unsigned>(problems)); }
 
-void split(const float* points, int64_t count, int64_t dim, int64_t problems, float* to, int64_t to_stride,
+void split(const float* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t problems, float* columns,
            Stream stream) {
-  WGAN_EXT_LAUNCH(scale_kernel, one_block(problems), kThreads, 0, stream, points, count * dim, to, to_stride);
+  const int64_t width = columns_width<float>(dim), blocks = ceil_div(count * dim, kThreads * kScaleLoads);
+  const dim3 scale_grid(static_cast<unsigned>(blocks < kScaleBlocks ? blocks : kScaleBlocks), 1,
+                        static_cast<unsigned>(problems));
+  WGAN_EXT_LAUNCH(scale_kernel, scale_grid, kThreads, 0, stream, points, offsets, count, dim, width, columns);
   WGAN_EXT_LAUNCH(split_kernel, elementwise_grid(padded<float>(count) * tensor_chunks(dim) * kTensorDepth, problems),
-                  kThreads, 0, stream, points, count, dim, padded<float>(count), to, to_stride);
+                  kThreads, 0, stream, points, offsets, count, dim, width, static_cast<int>(scale_grid.x), columns);
 }
-void split(const double*, int64_t, int64_t, int64_t, double*, int64_t, Stream) {}
+void split(const double*, const int64_t*, int64_t, int64_t, int64_t, double*, Stream) {}
 
 template <typename T>
-void pack(const T* points, int64_t count, int64_t dim, int64_t problems, T* columns, Stream stream) {
-  const int64_t size = padded<T>(count) * dim, whole = columns_size<T>(count, dim);
-  if (size == 0) return;
-  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_grid(size, problems), kThreads, 0, stream, points, count, dim, size,
-                  columns, whole);
-  if (has_split<T>(dim)) split(points, count, dim, problems, columns + size, whole, stream);
+void pack(const T* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t problems, T* columns,
+          Stream stream) {
+  if (dim == 0) return;
+  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_grid(padded<T>(count) * dim, problems), kThreads, 0, stream, points,
+                  offsets, count, dim, columns);
+  if (has_split<T>(dim)) split(points, offsets, count, dim, problems, columns, stream);
 }
 
 // What this host thread last saw of its solve. The device writes the solve's number into `done`, so that a late copy of
@@ -725,13 +739,10 @@ void launch_pass(const Control* controls, const Cloud<T>& rows, const Cloud<T>& 
 
 void launch_tensor_pass(const Control* controls, const Cloud<float>& rows, const Cloud<float>& columns, dim3 grid,
                         Stream stream) {
-  const int64_t row_split = rows.padded * rows.dim, column_split = columns.padded * columns.dim;
   if (rows.dim > kManyDims)
-    WGAN_EXT_LAUNCH((tensor_pass_kernel<true>), grid, kThreads, 0, stream, controls, rows, columns, row_split,
-                    column_split);
+    WGAN_EXT_LAUNCH((tensor_pass_kernel<true>), grid, kThreads, 0, stream, controls, rows, columns);
   else
-    WGAN_EXT_LAUNCH((tensor_pass_kernel<false>), grid, kThreads, 0, stream, controls, rows, columns, row_split,
-                    column_split);
+    WGAN_EXT_LAUNCH((tensor_pass_kernel<false>), grid, kThreads, 0, stream, controls, rows, columns);
 }
 void launch_tensor_pass(const Control*, const Cloud<double>&, const Cloud<double>&, dim3, Stream) {}
 
@@ -778,7 +789,7 @@ void launch_plan(const Control* controls, const Cloud<T>& rows, const Cloud<T>& 
   with_point_cost(ground.cost, [&](auto constant) {
     constexpr Cost cost = decltype(constant)::value;
     WGAN_EXT_LAUNCH((plan_kernel<T, cost, derivative>), grid, kThreads, 0, stream, controls, rows, columns, ground,
-                    values, columns_size<T>(columns.count, width), width, out, mass);
+                    values, width, out, mass);
   });
 }
 

@@ -94,6 +94,18 @@ struct Scaled {
   }
 };
 
+// Where the points of a block's problem and their packed form begin, and how many they are.
+struct Extent {
+  int64_t first, first_padded, count, padded;
+
+  __device__ Extent(const int64_t* offsets, int64_t most, int64_t unit)
+      : first(offsets ? offsets[blockIdx.z] : int64_t{blockIdx.z} * most),
+        first_padded(offsets ? first_of_padded(first, blockIdx.z, unit)
+                             : int64_t{blockIdx.z} * ceil_div(most, unit) * unit),
+        count(offsets ? offsets[blockIdx.z + 1] - first : most),
+        padded(ceil_div(count, unit) * unit) {}
+};
+
 // A step of a block's way: a tile of columns and, of its dimensions, a chunk. The next step's points are copied to
 // shared memory while this one's are used, in two slots by turns; the rows' chunks stay there if they all fit.
 struct Step {

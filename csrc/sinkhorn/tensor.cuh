@@ -18,51 +18,77 @@ constexpr int kTensorRows = 128, kTensorColumns = 64;
 constexpr int kWarpRows = 32, kWarpColumns = 32, kWarpsAcross = kTensorColumns / kWarpColumns;
 constexpr int kUnits = 8;  // of 16 bytes, that hold a point's chunk
 
-// The split points of a cloud: [count padded, chunks, 2, kTensorDepth] halves after a header.
+constexpr int64_t kScaleBlocks = 64, kScaleLoads = 16;  // at most; points' coordinates a thread of them wants
+
+// The split points of a problem: a header in the room of one float a padded point, then [padded, chunks, 2,
+// kTensorDepth] halves.
 struct alignas(16) SplitHeader {
   float scale, unscale;
+  float unused[2];
+  float greatest[kScaleBlocks];  // coordinate that each block of scale_kernel has found
 };
+static_assert(sizeof(SplitHeader) <= kTensorRows * sizeof(float));  // the least that is padded to
 
 inline __host__ __device__ int64_t tensor_chunks(int64_t dim) { return ceil_div(dim, kTensorDepth); }
 
-// In floats.
-inline int64_t split_size(int64_t padded, int64_t dim) {
-  return static_cast<int64_t>(sizeof(SplitHeader) / sizeof(float)) + padded * tensor_chunks(dim) * kTensorDepth;
-}
+// In floats a padded point.
+inline __host__ __device__ int64_t split_width(int64_t dim) { return 1 + tensor_chunks(dim) * kTensorDepth; }
 
-__device__ inline const uint4* split_units(const float* split) {
-  return reinterpret_cast<const uint4*>(split) + sizeof(SplitHeader) / sizeof(uint4);
-}
+// Where they are in Cloud::columns: behind the packed points.
+struct Split {
+  SplitHeader* header;
+  uint4* units;
 
-// One block a problem: the power of two that points are multiplied by. What is not finite keeps it 1, and stays.
-__global__ void __launch_bounds__(kThreads)
-    scale_kernel(const float* points, int64_t size, float* split, int64_t stride) {
+  __device__ Split(float* columns, int64_t padded, int64_t dim)
+      : header(reinterpret_cast<SplitHeader*>(columns + padded * dim)),
+        units(reinterpret_cast<uint4*>(columns + padded * (dim + 1))) {}
+  __device__ explicit Split(const Cloud<float>& cloud)
+      : Split(const_cast<float*>(cloud.columns), cloud.padded, cloud.dim) {}
+};
+
+__global__ void __launch_bounds__(kThreads) scale_kernel(const float* points, const int64_t* offsets, int64_t count,
+                                                         int64_t dim, int64_t columns_width, float* columns) {
   __shared__ float scratch[device::kWarp];
-  points += blockIdx.z * size;
+  const Extent extent(offsets, count, kTensorRows);
+  points += extent.first * dim;
+  const Split split(columns + extent.first_padded * columns_width, extent.padded, dim);
   float most = 0;
-  for (int64_t k = threadIdx.x; k < size; k += kThreads) most = greater(most, magnitude(points[k]));
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+#pragma unroll 8
+  for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < extent.count * dim; k += step)
+    most = greater(most, magnitude(points[k]));
   most = device::block_reduce<device::Max>(most, scratch, 0.0f);
-  if (threadIdx.x != 0) return;
-  const int exponent = static_cast<int>(__float_as_uint(most) >> 23);
+  if (threadIdx.x == 0) split.header->greatest[blockIdx.x] = most;
+}
+
+// The power of two that points are multiplied by, and its inverse. What is not finite keeps it 1, and stays.
+__device__ inline float2 split_scale(float greatest) {
+  const int exponent = static_cast<int>(__float_as_uint(greatest) >> 23);
+  if (!(greatest > 0) || exponent == 255) return {1, 1};
   const int up = 14 + 127 - exponent < 126 ? 14 + 127 - exponent : 126;
-  SplitHeader header{1, 1};
-  if (most > 0 && exponent < 255)
-    header = {__uint_as_float(static_cast<unsigned>(127 + up) << 23),
-              __uint_as_float(static_cast<unsigned>(127 - up) << 23)};
-  *reinterpret_cast<SplitHeader*>(split + blockIdx.z * stride) = header;
+  return {__uint_as_float(static_cast<unsigned>(127 + up) << 23),
+          __uint_as_float(static_cast<unsigned>(127 - up) << 23)};
 }
 
 __global__ void __launch_bounds__(kThreads)
-    split_kernel(const float* points, int64_t count, int64_t dim, int64_t padded, float* split, int64_t split_stride) {
-  const int64_t width = tensor_chunks(dim) * kTensorDepth;
-  points += blockIdx.z * count * dim;
-  split += blockIdx.z * split_stride;
-  const float scale = reinterpret_cast<const SplitHeader*>(split)->scale;
-  Half* halves = reinterpret_cast<Half*>(split + sizeof(SplitHeader) / sizeof(float));
-  const int64_t step = int64_t{gridDim.x} * kThreads;
-  for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < padded * width; k += step) {
+    split_kernel(const float* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t columns_width,
+                 int scale_blocks, float* columns) {
+  __shared__ float scratch[device::kWarp];
+  const Extent extent(offsets, count, kTensorRows);
+  points += extent.first * dim;
+  const Split split(columns + extent.first_padded * columns_width, extent.padded, dim);
+  const int t = threadIdx.x;
+  const float mine = t < scale_blocks ? split.header->greatest[t] : 0.0f;
+  const float2 scale = split_scale(device::block_reduce<device::Max>(mine, scratch, 0.0f));
+  if (blockIdx.x == 0 && t == 0) {
+    split.header->scale = scale.x;
+    split.header->unscale = scale.y;
+  }
+  Half* halves = reinterpret_cast<Half*>(split.units);
+  const int64_t width = tensor_chunks(dim) * kTensorDepth, step = int64_t{gridDim.x} * kThreads;
+  for (int64_t k = int64_t{blockIdx.x} * kThreads + t; k < extent.padded * width; k += step) {
     const int64_t i = k / width, d = k % width;
-    const float x = i < count && d < dim ? scale * points[i * dim + d] : 0.0f;
+    const float x = i < extent.count && d < dim ? scale.x * points[i * dim + d] : 0.0f;
     Half* to = halves + 2 * (k - d % kTensorDepth) + d % kTensorDepth;
     device::narrow(to[0], x);
     device::narrow(to[kTensorDepth], x - device::widen(to[0]));
@@ -88,15 +114,14 @@ __device__ void fetch_units(const uint4* split, int64_t first_point, const Step&
 // Tensor cores cut sums off: if dimensions are `many`, each chunk's products are summed anew and added up rounded.
 template <bool safe, bool many>
 __device__ void tensor_range(const Control& control, const Cloud<float>& rows, const Cloud<float>& columns,
-                             const float* row_split, const float* column_split, int first_tile, int last_tile,
-                             TensorSlots& shared) {
+                             int first_tile, int last_tile, TensorSlots& shared) {
   constexpr int across = 2, down = 4;  // tiles; rows and columns of products are the tensor cores' m and n
   const int lane = threadIdx.x % device::kWarp, warp = threadIdx.x / device::kWarp;
   const int row_begin = warp / kWarpsAcross * kWarpRows, column_begin = warp % kWarpsAcross * kWarpColumns;
   const int64_t first_row = int64_t{blockIdx.x} * kTensorRows + row_begin + lane / 4;
   const double scale = kLog2e / control.epsilon;
-  const float factor = static_cast<float>(2 * scale * reinterpret_cast<const SplitHeader*>(row_split)->unscale *
-                                          reinterpret_cast<const SplitHeader*>(column_split)->unscale);
+  const Split row_split(rows), column_split(columns);
+  const float factor = static_cast<float>(2 * scale * row_split.header->unscale * column_split.header->unscale);
   const int dim = static_cast<int>(rows.dim);
 
   float shift[across][2];
@@ -111,13 +136,13 @@ __device__ void tensor_range(const Control& control, const Cloud<float>& rows, c
   const int b_point = column_begin + lane / 16 * 8 + lane % 8, b_unit = lane / 8 % 2;
 
   const auto fetch = [&](const Step& step) {
-    fetch_units(split_units(column_split), int64_t{step.tile} * kTensorColumns, step, shared.columns[step.parity]);
+    fetch_units(column_split.units, int64_t{step.tile} * kTensorColumns, step, shared.columns[step.parity]);
     if (step.brings_rows())
-      fetch_units(split_units(row_split), int64_t{blockIdx.x} * kTensorRows, step, shared.rows[step.row_slot()]);
+      fetch_units(row_split.units, int64_t{blockIdx.x} * kTensorRows, step, shared.rows[step.row_slot()]);
   };
   float s[across][2][2 * down], c[across][down][4];
   Step now(first_tile, static_cast<int>(tensor_chunks(dim))), next = now;
-  fetch(next);
+  if (now.tile < last_tile) fetch(next);
   for (; now.tile < last_tile; now.advance()) {
     device::wait_copies();
     __syncthreads();
@@ -197,22 +222,21 @@ __device__ void tensor_range(const Control& control, const Cloud<float>& rows, c
   }
 }
 
-// For the squared cost in float32; `split` tells where in Cloud::columns the split points begin.
+// For the squared cost in float32.
 template <bool many>
 __global__ void __launch_bounds__(kThreads, many ? 1 : kBlocksPerSm)
-    tensor_pass_kernel(const Control* controls, Cloud<float> all_rows, Cloud<float> all_columns, int64_t row_split,
-                       int64_t column_split) {
+    tensor_pass_kernel(const Control* controls, Cloud<float> all_rows, Cloud<float> all_columns) {
   const Control* control = controls + blockIdx.z;
   if (control->done) return;
   const Cloud<float> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
+  if (int64_t{blockIdx.x} * kTensorRows >= rows.count) return;
   __shared__ TensorSlots shared;
   const int64_t tiles = ceil_div(columns.count, kTensorColumns), ranges = gridDim.y, range = blockIdx.y;
   const int first = static_cast<int>(tiles * range / ranges), last = static_cast<int>(tiles * (range + 1) / ranges);
-  const float *of_rows = rows.columns + row_split, *of_columns = columns.columns + column_split;
   if (control->safe)
-    tensor_range<true, many>(*control, rows, columns, of_rows, of_columns, first, last, shared);
+    tensor_range<true, many>(*control, rows, columns, first, last, shared);
   else
-    tensor_range<false, many>(*control, rows, columns, of_rows, of_columns, first, last, shared);
+    tensor_range<false, many>(*control, rows, columns, first, last, shared);
 }
 
 }  // namespace wgan_ext::sinkhorn
