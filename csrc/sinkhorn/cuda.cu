@@ -202,7 +202,7 @@ __device__ void pass_range(const Control& control, const Cloud<T>& rows, const C
     device::copy_async(&shared.columns[step.parity][ty][tx * size],
                        columns.columns + (int64_t{step.tile} * dim + d) * Shape::columns + tx * size);
     if constexpr (rows_shared) {
-      if (!step.brings_rows()) return;
+      if (!step.brings_rows(first_tile)) return;
       const T* from = rows.columns + (row_begin / Shape::columns * dim + d) * Shape::columns + tx * size;
       T* to = &shared.rows[step.row_slot()][ty][tx * size];
       device::copy_async(to, from);
@@ -212,7 +212,7 @@ __device__ void pass_range(const Control& control, const Cloud<T>& rows, const C
   // By the threads that fetched them, so that no barrier is needed.
   const auto scale_rows = [&](const Step& step) {
     if constexpr (rows_shared && cost == Cost::sqeuclidean) {
-      if (!step.brings_rows() || step.chunk * kDepth + ty >= dim) return;
+      if (!step.brings_rows(first_tile) || step.chunk * kDepth + ty >= dim) return;
       T* to = &shared.rows[step.row_slot()][ty][tx * size];
 #pragma unroll
       for (int e = 0; e < size; ++e) {
@@ -739,7 +739,7 @@ void launch_pass(const Control* controls, const Cloud<T>& rows, const Cloud<T>& 
 
 void launch_tensor_pass(const Control* controls, const Cloud<float>& rows, const Cloud<float>& columns, dim3 grid,
                         Stream stream) {
-  if (rows.dim > kManyDims)
+  if (rows.dim <= kTensorDepth)
     WGAN_EXT_LAUNCH((tensor_pass_kernel<true>), grid, kThreads, 0, stream, controls, rows, columns);
   else
     WGAN_EXT_LAUNCH((tensor_pass_kernel<false>), grid, kThreads, 0, stream, controls, rows, columns);

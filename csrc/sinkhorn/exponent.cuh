@@ -110,10 +110,9 @@ struct Extent {
 // shared memory while this one's are used, in two slots by turns; the rows' chunks stay there if they all fit.
 struct Step {
   int tile, chunks, chunk = 0, parity = 0;
-  bool first_tile = true;
 
   __device__ Step(int tile, int chunks) : tile(tile), chunks(chunks) {}
-  __device__ bool brings_rows() const { return first_tile || chunks > 2; }
+  __device__ bool brings_rows(int first_tile) const { return tile == first_tile || chunks > 2; }
   __device__ int row_slot() const { return chunks > 2 ? parity : chunk; }
   __device__ bool completes_tile() const { return chunk + 1 == chunks; }
   __device__ void advance() {
@@ -124,7 +123,6 @@ struct Step {
     }
     chunk = 0;
     ++tile;
-    first_tile = false;
   }
 };
 

@@ -4,7 +4,9 @@
 // takes the cloud's greatest to [2^14, 2^15) it is high + low, both float16, 22 bits in all, and x y is high high +
 // high low + low high. What is cut off is below 2^-22 |x y|, or 2^-40 of the clouds' greatest |x| |y|. Of the splits
 // that reach this, it takes the fewest instructions a 16 x 8 tile and 16 dimensions: 3, where TensorFloat32 takes 6,
-// and bfloat16, of 8 bits, in three parts also 6.
+// and bfloat16, of 8 bits, in three parts also 6. Tensor cores cut their sums off towards zero, which adds up, so each
+// chunk of 32 dimensions is summed anew and added to the others rounded (Ootomo and Yokota, Recovering Single Precision
+// Accuracy from Tensor Cores, 2022).
 #pragma once
 #include "../cuda/half.cuh"
 #include "exponent.cuh"
@@ -13,7 +15,6 @@ namespace wgan_ext::sinkhorn {
 
 constexpr int64_t kTensorDim = 16;  // the least
 constexpr int kTensorDepth = 32;  // dimensions in shared memory at a time: 64 bytes of high and 64 of low parts a point
-constexpr int64_t kManyDims = 64;  // up to which the tensor cores' own sums are exact enough, and all rows' chunks stay
 constexpr int kTensorRows = 128, kTensorColumns = 64;
 constexpr int kWarpRows = 32, kWarpColumns = 32, kWarpsAcross = kTensorColumns / kWarpColumns;
 constexpr int kUnits = 8;  // of 16 bytes, that hold a point's chunk
@@ -104,15 +105,14 @@ struct TensorSlots {
 template <int count>
 __device__ void fetch_units(const uint4* split, int64_t first_point, const Step& step, uint4 (&slot)[count][kUnits]) {
   const int unit = threadIdx.x % kUnits;
+  split += (first_point * step.chunks + step.chunk) * kUnits;
 #pragma unroll
   for (int p = threadIdx.x / kUnits; p < count; p += kThreads / kUnits)
-    device::copy_async(&slot[p][unit ^ p % kUnits],
-                       split + ((first_point + p) * step.chunks + step.chunk) * kUnits + unit);
+    device::copy_async(&slot[p][unit ^ p % kUnits], split + (p * step.chunks * kUnits + unit));
 }
 
 // A warp owns 32 x 32 pairs, as 2 x 4 tiles of 16 x 8. A lane holds of each tile two neighbouring columns in two rows.
-// Tensor cores cut sums off: if dimensions are `many`, each chunk's products are summed anew and added up rounded.
-template <bool safe, bool many>
+template <bool safe, bool one_chunk>
 __device__ void tensor_range(const Control& control, const Cloud<float>& rows, const Cloud<float>& columns,
                              int first_tile, int last_tile, TensorSlots& shared) {
   constexpr int across = 2, down = 4;  // tiles; rows and columns of products are the tensor cores' m and n
@@ -137,21 +137,19 @@ __device__ void tensor_range(const Control& control, const Cloud<float>& rows, c
 
   const auto fetch = [&](const Step& step) {
     fetch_units(column_split.units, int64_t{step.tile} * kTensorColumns, step, shared.columns[step.parity]);
-    if (step.brings_rows())
+    if (step.brings_rows(first_tile))
       fetch_units(row_split.units, int64_t{blockIdx.x} * kTensorRows, step, shared.rows[step.row_slot()]);
   };
   float s[across][2][2 * down], c[across][down][4];
-  Step now(first_tile, static_cast<int>(tensor_chunks(dim))), next = now;
+  Step now(first_tile, one_chunk ? 1 : static_cast<int>(tensor_chunks(dim))), next = now;
   if (now.tile < last_tile) fetch(next);
   for (; now.tile < last_tile; now.advance()) {
     device::wait_copies();
     __syncthreads();
     next.advance();
     if (next.tile < last_tile) fetch(next);
-    if (many || now.chunk == 0) {
 #pragma unroll
-      for (int e = 0; e < 4 * down * across; ++e) c[e / (4 * down)][e / 4 % down][e % 4] = 0;
-    }
+    for (int e = 0; e < 4 * down * across; ++e) c[e / (4 * down)][e / 4 % down][e % 4] = 0;
 #pragma unroll
     for (int k = 0; k < kTensorDepth / 16; ++k) {
       if (now.chunk * kTensorDepth + 16 * k >= dim) break;
@@ -188,8 +186,7 @@ __device__ void tensor_range(const Control& control, const Cloud<float>& rows, c
 #pragma unroll
       for (int pair = 0; pair < down / 2; ++pair) multiply(a, high[pair], pair);
     }
-    if (!many && !now.completes_tile()) continue;
-    const bool first = !many || now.chunk == 0;
+    const bool first = now.chunk == 0;
     const float* bias = columns.bias + int64_t{now.tile} * kTensorColumns + column_begin + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < down; ++n) {
@@ -223,8 +220,8 @@ __device__ void tensor_range(const Control& control, const Cloud<float>& rows, c
 }
 
 // For the squared cost in float32.
-template <bool many>
-__global__ void __launch_bounds__(kThreads, many ? 1 : kBlocksPerSm)
+template <bool one_chunk>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     tensor_pass_kernel(const Control* controls, Cloud<float> all_rows, Cloud<float> all_columns) {
   const Control* control = controls + blockIdx.z;
   if (control->done) return;
@@ -234,9 +231,9 @@ __global__ void __launch_bounds__(kThreads, many ? 1 : kBlocksPerSm)
   const int64_t tiles = ceil_div(columns.count, kTensorColumns), ranges = gridDim.y, range = blockIdx.y;
   const int first = static_cast<int>(tiles * range / ranges), last = static_cast<int>(tiles * (range + 1) / ranges);
   if (control->safe)
-    tensor_range<true, many>(*control, rows, columns, first, last, shared);
+    tensor_range<true, one_chunk>(*control, rows, columns, first, last, shared);
   else
-    tensor_range<false, many>(*control, rows, columns, first, last, shared);
+    tensor_range<false, one_chunk>(*control, rows, columns, first, last, shared);
 }
 
 }  // namespace wgan_ext::sinkhorn

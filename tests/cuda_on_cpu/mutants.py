@@ -292,7 +292,7 @@ MUTANTS = [
     Mutant(
         SINKHORN, "if (has_points && now.tile < last_tile) fetch", "if (has_points) fetch", "an empty range is fetched"
     ),
-    Mutant(SINKHORN, "!step.brings_rows() || ", "", "rows are scaled again with each tile"),
+    Mutant(SINKHORN, "!step.brings_rows(first_tile) || ", "", "rows are scaled again with each tile"),
     Mutant(EXPONENT, "    parity ^= 1;\n", "", "a tile is copied over the one in use"),
     Mutant(EXPONENT, "return chunks > 2 ? parity : chunk;", "return parity;", "rows are sought where columns are"),
     Mutant(EXPONENT, "first_tile || chunks > 2;", "first_tile;", "rows of many dimensions are not copied again"),
@@ -313,7 +313,7 @@ MUTANTS = [
     Mutant(TENSOR, "    device::wait_copies();\n", "", "a chunk is used before it has come"),
     Mutant(TENSOR, "slot[p][unit ^ p % kUnits]", "slot[p][unit]", "units lie elsewhere than they are sought"),
     Mutant(TENSOR, "lane / 16 * 8 + lane % 8,", "lane % 8,", "two tiles of columns are the same"),
-    Mutant(TENSOR, "if (many || now.chunk == 0) {", "if (now.chunk == 0) {", "a chunk's products are added twice"),
+    Mutant(TENSOR, "first = now.chunk == 0", "first = true", "of a tile's chunks, only the last counts"),
     Mutant(TENSOR, "if (now.chunk * kTensorDepth + 16 * k >= dim) break;", "if (k) break;", "a chunk is halved"),
     Mutant(
         TENSOR,
