@@ -4,9 +4,9 @@
 // takes the cloud's greatest to [2^14, 2^15) it is high + low, both float16, 22 bits in all, and x y is high high +
 // high low + low high. What is cut off is below 2^-22 |x y|, or 2^-40 of the clouds' greatest |x| |y|. Of the splits
 // that reach this, it takes the fewest instructions a 16 x 8 tile and 16 dimensions: 3, where TensorFloat32 takes 6,
-// and bfloat16, of 8 bits, in three parts also 6. Tensor cores cut their sums off towards zero, which adds up, so each
-// chunk of 32 dimensions is summed anew and added to the others rounded (Ootomo and Yokota, Recovering Single Precision
-// Accuracy from Tensor Cores, 2022).
+// and bfloat16, of 8 bits, in three parts also 6. Tensor cores cut their sums off towards zero, which adds up, so 16
+// dimensions at a time are summed anew, the small products first, and added to the others rounded (Ootomo and Yokota,
+// Recovering Single Precision Accuracy from Tensor Cores, 2022).
 #pragma once
 #include "../cuda/half.cuh"
 #include "exponent.cuh"
@@ -140,7 +140,7 @@ __device__ void tensor_range(const Control& control, const Cloud<float>& rows, c
     if (step.brings_rows(first_tile))
       fetch_units(row_split.units, int64_t{blockIdx.x} * kTensorRows, step, shared.rows[step.row_slot()]);
   };
-  float s[across][2][2 * down], c[across][down][4];
+  float s[across][2][2 * down];
   Step now(first_tile, one_chunk ? 1 : static_cast<int>(tensor_chunks(dim))), next = now;
   if (now.tile < last_tile) fetch(next);
   for (; now.tile < last_tile; now.advance()) {
@@ -148,12 +148,23 @@ __device__ void tensor_range(const Control& control, const Cloud<float>& rows, c
     __syncthreads();
     next.advance();
     if (next.tile < last_tile) fetch(next);
+    if (now.chunk == 0) {
+      const float* bias = columns.bias + int64_t{now.tile} * kTensorColumns + column_begin + lane % 4 * 2;
 #pragma unroll
-    for (int e = 0; e < 4 * down * across; ++e) c[e / (4 * down)][e / 4 % down][e % 4] = 0;
+      for (int n = 0; n < down; ++n) {
+        const float2 b = *reinterpret_cast<const float2*>(bias + 8 * n);
+#pragma unroll
+        for (int r = 0; r < 2 * across; ++r) {
+          s[r / 2][r % 2][2 * n] = b.x + shift[r / 2][r % 2];
+          s[r / 2][r % 2][2 * n + 1] = b.y + shift[r / 2][r % 2];
+        }
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kTensorDepth / 16; ++k) {
       if (now.chunk * kTensorDepth + 16 * k >= dim) break;
-      // Parts 0 are high, 1 low. Small products come first; no more operands are held than needed.
+      float c[across][down][4] = {};
+      // Parts 0 are high, 1 low. No more operands are held than needed.
       const auto load_a = [&](uint32_t (&a)[across][4], int part) {
         const int unit = (part * kUnits / 2 + 2 * k + a_unit) ^ lane % kUnits;
 #pragma unroll
@@ -185,25 +196,12 @@ __device__ void tensor_range(const Control& control, const Cloud<float>& rows, c
       }
 #pragma unroll
       for (int pair = 0; pair < down / 2; ++pair) multiply(a, high[pair], pair);
-    }
-    const bool first = now.chunk == 0;
-    const float* bias = columns.bias + int64_t{now.tile} * kTensorColumns + column_begin + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < down; ++n) {
-      float2 b{};
-      if (first) b = *reinterpret_cast<const float2*>(bias + 8 * n);
 #pragma unroll
       for (int m = 0; m < across; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float (&pair)[2 * down] = s[m][h];
-          if (first) {
-            pair[2 * n] = b.x + shift[m][h];
-            pair[2 * n + 1] = b.y + shift[m][h];
-          }
-          pair[2 * n] += c[m][n][2 * h] * factor;
-          pair[2 * n + 1] += c[m][n][2 * h + 1] * factor;
-        }
+        for (int n = 0; n < down; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[m][e / 2][2 * n + e % 2] += c[m][n][e] * factor;
     }
     if (!now.completes_tile()) continue;
 #pragma unroll

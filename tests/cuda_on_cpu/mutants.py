@@ -313,7 +313,7 @@ MUTANTS = [
     Mutant(TENSOR, "    device::wait_copies();\n", "", "a chunk is used before it has come"),
     Mutant(TENSOR, "slot[p][unit ^ p % kUnits]", "slot[p][unit]", "units lie elsewhere than they are sought"),
     Mutant(TENSOR, "lane / 16 * 8 + lane % 8,", "lane % 8,", "two tiles of columns are the same"),
-    Mutant(TENSOR, "first = now.chunk == 0", "first = true", "of a tile's chunks, only the last counts"),
+    Mutant(TENSOR, "    if (now.chunk == 0) {", "    {", "of a tile's chunks, only the last counts"),
     Mutant(TENSOR, "if (now.chunk * kTensorDepth + 16 * k >= dim) break;", "if (k) break;", "a chunk is halved"),
     Mutant(
         TENSOR,
