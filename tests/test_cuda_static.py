@@ -28,6 +28,14 @@ WIDE_LOADS = {
         *(rf"{name}_kernelI[fd]E" for name in ("rows", "columns", "quotient")),
         *(rf"{name}_kernelI(fLi4|dLi2)E" for name in ("inner_product", "gradient")),
     ],
+    "sinkhorn": ["tensor_pass_kernel", r"(?<!tensor_)pass_kernelI[fd]\w+4CostE[0-3]E"],
+}
+
+INSTRUCTIONS = {
+    "products": r"\bmma\.sync\.aligned\.m16n8k16\.",
+    "matrices": r"\bldmatrix\.sync\.aligned\.m8n8\.x4\.",
+    "powers": r"\bex2\.approx\.",
+    "multiply-adds": r"\bfma\.rn\.f32\b",
 }
 
 
@@ -71,6 +79,8 @@ class Kernel:
     """The largest block it may be launched with."""
     wide_loads: int
     """16-byte loads from global memory."""
+    counts: dict[str, int] = dataclasses.field(compare=False)
+    """Of INSTRUCTIONS in the text of its PTX."""
 
 
 ENTRY = re.compile(
@@ -95,7 +105,7 @@ def assemble(nvcc: Path, tower: str, folder: Path) -> list[Kernel]:
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
 
-    blocks, loads = {}, {}
+    blocks, loads, counts = {}, {}, {}
     for architecture in ARCHITECTURES:
         (ptx,) = folder.glob(f"cuda*compute_{architecture}*.ptx")
         for name, body in PTX_ENTRY.findall(ptx.read_text()):
@@ -103,8 +113,18 @@ def assemble(nvcc: Path, tower: str, folder: Path) -> list[Kernel]:
             sizes = [int(size or 1) for size in limit.groups()] if limit else [1024]
             blocks[name, architecture] = functools.reduce(int.__mul__, sizes)
             loads[name, architecture] = len(WIDE_LOAD.findall(body))
+            counts[name, architecture] = {what: len(re.findall(text, body)) for what, text in INSTRUCTIONS.items()}
     return [
-        Kernel(name, arch, int(registers), int(stores) + int(reads), int(stack), blocks[name, arch], loads[name, arch])
+        Kernel(
+            name,
+            arch,
+            int(registers),
+            int(stores) + int(reads),
+            int(stack),
+            blocks[name, arch],
+            loads[name, arch],
+            counts[name, arch],
+        )
         for name, arch, stack, stores, reads, registers in ENTRY.findall(shown.stderr)
     ]
 
@@ -149,3 +169,33 @@ def test_promised_loads_are_16_bytes_wide(kernels: list[Kernel], tower: str) -> 
         assert instances, pattern
         narrow = [k for k in instances if not k.wide_loads]
         assert not narrow, listed(narrow)
+
+
+@pytest.mark.parametrize("tower", ["sinkhorn"], indirect=True)
+def test_products_of_sinkhorn_are_the_tensor_cores(kernels: list[Kernel]) -> None:
+    """A warp has 2 x 4 tiles of products, three splits, and 32 dimensions a chunk, with and without a maximum.
+
+    A lane's 4 rows of 8 columns each then take one instruction a power.
+    """
+    tensor = [k for k in kernels if "tensor_pass_kernel" in k.name]
+    assert len(tensor) == 2 * len(ARCHITECTURES)
+    for kernel in tensor:
+        assert kernel.counts["products"] == 2 * (2 * 4 * 3 * 2), kernel
+        assert kernel.counts["matrices"] == 2 * (4 + 4) * 2, kernel
+        assert kernel.counts["powers"] >= 2 * 32, kernel
+
+
+@pytest.mark.parametrize("tower", ["sinkhorn"], indirect=True)
+def test_powers_of_sinkhorn_are_shared_with_the_multipliers(kernels: list[Kernel]) -> None:
+    """A thread has 8 rows of 4 columns: of some rows, the fewer the more dimensions, one power is a polynomial."""
+    for architecture in ARCHITECTURES:
+        by_dim = {
+            int(found[1]): k.counts
+            for k in kernels
+            if k.architecture == architecture
+            and (found := re.search(r"(?<!r_)pass_kernelIf\w+4CostE0ELi(\d)E", k.name))
+        }
+        assert sorted(by_dim) == [0, 1, 2, 3, 4]
+        for dim, rows in {1: 4, 2: 4, 3: 3, 4: 0}.items():
+            assert by_dim[4]["powers"] - by_dim[dim]["powers"] == 2 * rows
+            assert by_dim[dim]["multiply-adds"] >= 2 * (8 * 4 * dim + 5 * rows)

@@ -1,14 +1,18 @@
 // Sinkhorn on CUDA.
 //
-// A pass is two kernels. `pass_kernel`: a block owns a tile of rows and a range of columns; tiles of both go through
-// shared memory, each thread keeps 8 x 4 exponents (4 x 2 in double) in registers and adds their exp2. `finish_kernel`:
-// one thread a row adds the ranges, does again (the whole block) rows that left the range of T, writes the softmin and
-// sums what the controller asks. The controller is one thread on the device; every kernel returns at once when the
-// solve is done, so the host only enqueues, and looks at a flag copied to pinned memory one batch of iterations ago.
-// The third dimension of every grid counts the problems of a batch.
-// Tiles and ranges depend on shape alone and sums have a fixed order: results are deterministic.
-#include "../cuda/reduce.cuh"
-#include "kernels.h"
+// A pass is two kernels. `pass_kernel`: a block owns a tile of rows and a range of columns; tiles of columns come to
+// shared memory while the one before is used, each thread keeps 8 x 4 exponents (4 x 2 in double) in registers and adds
+// their exp2. Where dimensions are many `tensor_pass_kernel` does the same. `finish_kernel`: one thread a row adds the
+// ranges, does again (the whole block) rows that left the range of T, writes the softmin and sums what the controller
+// asks. The controller is one thread on the device; every kernel returns at once when the solve is done, so the host
+// only enqueues, and looks at a flag copied to pinned memory one batch of iterations ago. The third dimension of every
+// grid counts the problems of a batch. Tiles and ranges depend on shape alone and sums have a fixed order: results are
+// deterministic.
+#include <cstdint>
+#include <type_traits>
+
+#include "exponent.cuh"
+#include "tensor.cuh"
 
 namespace wgan_ext::sinkhorn {
 namespace {
@@ -17,12 +21,12 @@ using device::block_reduce;
 using device::kFullMask;
 using device::kWarp;
 
-constexpr int kThreads = 256, kSide = 16;  // a block is 16 x 16 threads
-constexpr int kDepth = 32;                 // dimensions in shared memory at a time
-constexpr int kBlocksPerSm = 2;            // of the heavy kernels: 128 registers a thread
-constexpr int64_t kWantedBlocks = 512;     // ranges are cut until there are about so many
+constexpr int kSide = 16;                 // a block is 16 x 16 threads
+constexpr int kDepth = 16;                // dimensions in shared memory at a time
+constexpr int64_t kResidentBlocks = 264;  // that an H100 runs at once: 2 on each of 132 multiprocessors
+constexpr int64_t kMostRanges = 64;
 constexpr int64_t kMostBlocks = kLoopBlocks;
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr int kMostConstantDim = 4;  // up to which the number of dimensions is known to the compiler
 
 template <typename T>
 struct __align__(16) Quad {  // what one load brings
@@ -35,34 +39,62 @@ struct Tile {
   static constexpr int rows_each = 2 * Quad<T>::size, columns_each = Quad<T>::size;
   static constexpr int rows = kSide * rows_each, columns = kSide * columns_each;
 };
-
-template <typename T>
-__host__ __device__ constexpr int64_t padded_dim(int64_t dim) {
-  return (dim + Quad<T>::size - 1) / Quad<T>::size * Quad<T>::size;
-}
+static_assert(Tile<float>::rows == kTensorRows && Tile<float>::columns == kTensorColumns);
 
 template <typename T>
 int64_t padded(int64_t count) {
   return ceil_div(count, Tile<T>::rows) * Tile<T>::rows;  // whole tiles of rows are whole tiles of columns
 }
 
+// Coordinate d of point i of a packed cloud: [tiles of columns, dim, points of a tile].
+template <typename T>
+__host__ __device__ constexpr int64_t coordinate(int64_t dim, int64_t i, int64_t d) {
+  constexpr int64_t points = Tile<T>::columns;
+  return (i / points * dim + d) * points + i % points;
+}
+
+template <typename T>
+__host__ __device__ constexpr bool has_split(int64_t dim) {
+  return sizeof(T) == sizeof(float) && dim >= kTensorDim;
+}
+
+// What a padded point takes: its coordinates, and behind those of all its split ones.
+template <typename T>
+__host__ __device__ int64_t columns_width(int64_t dim) {
+  return dim + (has_split<T>(dim) ? split_width(dim) : 0);
+}
+
 template <typename T>
 int64_t columns_size(int64_t count, int64_t dim) {
-  return padded<T>(count) * padded_dim<T>(dim);
+  return padded<T>(count) * columns_width<T>(dim);
 }
 
-// Into how many ranges the columns are cut.
+// Into how many ranges the columns are cut: blocks go in rounds, and one takes as long as its tiles and about one more.
 template <typename T>
 int64_t ranges(int64_t row_count, int64_t column_count) {
-  const int64_t tiles = ceil_div(column_count, Tile<T>::columns);
-  const int64_t wanted = ceil_div(kWantedBlocks, ceil_div(row_count, Tile<T>::rows));
-  return wanted < tiles ? wanted : tiles;
+  const int64_t tiles = ceil_div(column_count, Tile<T>::columns), strips = ceil_div(row_count, Tile<T>::rows);
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t count = 1; count <= tiles && count <= kMostRanges; ++count) {
+    const int64_t time = ceil_div(strips * count, kResidentBlocks) * (ceil_div(tiles, count) + 1);
+    if (time < least) {
+      least = time;
+      best = count;
+    }
+  }
+  return best;
 }
 
-// Each range's sum and maximum for each row.
+// The sums of each row that finish_kernel adds up.
 template <typename T>
-int64_t scratch_size(int64_t count, int64_t, int64_t other_count, Cost) {
-  return 2 * ranges<T>(count, other_count) * padded<T>(count);
+int64_t parts(int64_t row_count, int64_t column_count, int64_t dim, Cost cost) {
+  const bool tensor = cost == Cost::sqeuclidean && has_split<T>(dim);
+  return ranges<T>(row_count, column_count) * (tensor ? kWarpsAcross : 1);
+}
+
+// Each part's sum and maximum for each row.
+template <typename T>
+int64_t scratch_size(int64_t count, int64_t dim, int64_t other_count, Cost cost) {
+  return 2 * parts<T>(count, other_count, dim, cost) * padded<T>(count);
 }
 
 int64_t sums_size(int64_t count, int64_t, int64_t, Cost) { return ceil_div(count, kThreads); }
@@ -74,32 +106,6 @@ dim3 elementwise_grid(int64_t count, int64_t problems) {
 
 __device__ inline int64_t first_element() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ inline int64_t stride() { return int64_t{gridDim.x} * blockDim.x; }
-
-__device__ inline float power(float x) { return exp2f(x); }
-__device__ inline double power(double x) { return exp2(x); }
-__device__ inline float logarithm(float x) { return log2f(x); }
-__device__ inline double logarithm(double x) { return log2(x); }
-__device__ inline float root(float x) { return sqrtf(x); }
-__device__ inline double root(double x) { return sqrt(x); }
-template <typename T>
-__device__ T greater(T a, T b) {
-  return a < b ? b : a;
-}
-template <typename T>
-__device__ T magnitude(T a) {
-  return a < 0 ? -a : a;
-}
-
-// A sum of 2^s kept as total * 2^most.
-template <typename T>
-struct Scaled {
-  T most = T(2 * kLogZero), total = 0;
-  __device__ void add(T other_most, T other_total) {
-    const T now = greater(most, other_most);
-    total = total * power(most - now) + other_total * power(other_most - now);
-    most = now;
-  }
-};
 
 // x^(power / 2) for x > 0; 0 at 0. NaN stays.
 template <typename T>
@@ -140,99 +146,139 @@ __device__ int64_t place(const Ground<T>& ground, const Cloud<T>& rows, const Cl
 }
 
 template <typename T>
-__global__ void pack_kernel(const T* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t size,
-                            T* columns) {
-  const int64_t problem = blockIdx.z, width = padded_dim<T>(dim);
-  const int64_t first = offsets ? offsets[problem] : problem * count;
-  columns += offsets ? first_of_padded(first, problem, Tile<T>::rows) * width : problem * size;
-  if (offsets) {
-    count = offsets[problem + 1] - first;
-    size = ceil_div(count, Tile<T>::rows) * Tile<T>::rows * width;
-  }
-  points += first * dim;
-  for (int64_t k = first_element(); k < size; k += stride()) {
-    const int64_t i = k / width, d = k % width;
-    columns[k] = i < count && d < dim ? points[i * dim + d] : T(0);
-  }
-}
-
-// Dimensions [from, from + kDepth) of `count` points, transposed, times scale; past width 0.
-template <typename T, int count>
-__device__ void load_tile(const T* points, int64_t width, int64_t from, T scale, T (&tile)[kDepth][count]) {
-  constexpr int size = Quad<T>::size;
-#pragma unroll 2
-  for (int k = threadIdx.x; k < count * (kDepth / size); k += kThreads) {
-    const int point = k % count, d = k / count * size;
-    Quad<T> quad{};
-    if (from + d < width) quad = *reinterpret_cast<const Quad<T>*>(points + point * width + from + d);
-    for (int e = 0; e < size; ++e) tile[d + e][point] = scale * quad.value[e];
+__global__ void pack_kernel(const T* points, const int64_t* offsets, int64_t count, int64_t dim, T* columns) {
+  constexpr int64_t tile = Tile<T>::columns;
+  const Extent extent(offsets, count, Tile<T>::rows);
+  points += extent.first * dim;
+  columns += extent.first_padded * columns_width<T>(dim);
+  for (int64_t k = first_element(); k < extent.padded * dim; k += stride()) {
+    const int64_t d = k / tile % dim, i = k / (tile * dim) * tile + k % tile;
+    columns[k] = i < extent.count ? points[i * dim + d] : T(0);
   }
 }
 
 template <typename T>
-struct Shared {
-  T rows[kDepth][Tile<T>::rows];
-  T columns[kDepth][Tile<T>::columns];
+struct Slots {
+  T rows[2][kDepth][Tile<T>::rows];
+  T columns[2][kDepth][Tile<T>::columns];
 };
 
-template <typename T, Cost cost, bool safe>
+// How many of a thread's 8 rows leave one of their 4 powers to the polynomial, for that many dimensions.
+__host__ __device__ constexpr int polynomial_rows(int dim) { return dim == 0 || dim > 3 ? 0 : dim == 3 ? 3 : 4; }
+
+// `constant_dim` is the number of dimensions, or 0 where the compiler does not know it. If it does, rows stay in
+// registers.
+template <typename T, Cost cost, bool safe, int constant_dim>
 __device__ void pass_range(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns,
-                           const Ground<T>& ground, int64_t first_tile, int64_t last_tile, Shared<T>& shared) {
+                           const Ground<T>& ground, int first_tile, int last_tile, Slots<T>& shared) {
   using Shape = Tile<T>;
   constexpr int size = Quad<T>::size, R = Shape::rows_each, C = Shape::columns_each;
-  const int64_t width = cost == Cost::matrix ? 0 : padded_dim<T>(rows.dim);
+  constexpr bool has_points = cost != Cost::matrix, rows_shared = has_points && constant_dim == 0;
+  // where dimensions are more, the tensor cores have them
+  constexpr bool one_chunk = !has_points || constant_dim > 0 || (cost == Cost::sqeuclidean && has_split<T>(kDepth));
+  static_assert(kThreads == kDepth * kSide);  // each fetches one quad of a tile of columns
+  const int dim = constant_dim ? constant_dim : has_points ? static_cast<int>(rows.dim) : 0;
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const T scale = T(kLog2e / control.epsilon), row_scale = cost == Cost::sqeuclidean ? 2 * scale : T(1);
   const int64_t row_begin = int64_t{blockIdx.x} * Shape::rows;
-  const T* row_points = rows.columns + row_begin * width;
-  const T* matrix = cost == Cost::matrix ? matrix_of(ground, rows, columns) : nullptr;
+  const T* matrix = has_points ? nullptr : matrix_of(ground, rows, columns);
 
   const auto row = [&](int r) { return row_begin + (r / size * kSide + ty) * size + r % size; };
-  T shift[R];
+  T shift[R], x[R][constant_dim ? constant_dim : 1];
   Scaled<T> sum[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t i = row(r);
     shift[r] = i < rows.count ? scale * (rows.softmin[i] - rows.squares[i]) : T(0);
-  }
-  if (cost != Cost::matrix && width <= kDepth) load_tile<T, Shape::rows>(row_points, width, 0, row_scale, shared.rows);
-
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-    const int64_t column_begin = tile * Shape::columns;
-    T s[R][C];
-    const Quad<T> bias = *reinterpret_cast<const Quad<T>*>(columns.bias + column_begin + tx * C);
+    if constexpr (constant_dim > 0) {
 #pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int c = 0; c < C; ++c) s[r][c] = cost == Cost::sqeuclidean ? bias.value[c] + shift[r] : T(0);
-    for (int64_t from = 0; from < width; from += kDepth) {
-      if (width > kDepth) load_tile<T, Shape::rows>(row_points, width, from, row_scale, shared.rows);
-      load_tile<T, Shape::columns>(columns.columns + column_begin * width, width, from, T(1), shared.columns);
-      __syncthreads();
-      const int depth = static_cast<int>(width - from < kDepth ? width - from : kDepth);
-#pragma unroll 4
-      for (int d = 0; d < depth; ++d) {
-        const Quad<T> y = *reinterpret_cast<const Quad<T>*>(&shared.columns[d][tx * C]);
-        Quad<T> x[2];
-        x[0] = *reinterpret_cast<const Quad<T>*>(&shared.rows[d][ty * size]);
-        x[1] = *reinterpret_cast<const Quad<T>*>(&shared.rows[d][(kSide + ty) * size]);
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-#pragma unroll
-          for (int c = 0; c < C; ++c) {
-            const T xr = x[r / size].value[r % size];
-            accumulate<cost>(s[r][c], xr, y.value[c]);
-          }
-      }
-      __syncthreads();
+      for (int d = 0; d < constant_dim; ++d) x[r][d] = row_scale * rows.columns[coordinate<T>(constant_dim, i, d)];
     }
+  }
+
+  const auto fetch = [&](const Step& step) {
+    const int d = step.chunk * kDepth + ty;
+    if (d >= dim) return;
+    device::copy_async(&shared.columns[step.parity][ty][tx * size],
+                       columns.columns + (int64_t{step.tile} * dim + d) * Shape::columns + tx * size);
+    if constexpr (rows_shared) {
+      if (!step.brings_rows(first_tile)) return;
+      const T* from = rows.columns + (row_begin / Shape::columns * dim + d) * Shape::columns + tx * size;
+      T* to = &shared.rows[step.row_slot()][ty][tx * size];
+      device::copy_async(to, from);
+      device::copy_async(to + Shape::columns, from + dim * Shape::columns);
+    }
+  };
+  // By the threads that fetched them, so that no barrier is needed.
+  const auto scale_rows = [&](const Step& step) {
+    if constexpr (rows_shared && cost == Cost::sqeuclidean) {
+      if (!step.brings_rows(first_tile) || step.chunk * kDepth + ty >= dim) return;
+      T* to = &shared.rows[step.row_slot()][ty][tx * size];
+#pragma unroll
+      for (int e = 0; e < size; ++e) {
+        to[e] *= row_scale;
+        to[Shape::columns + e] *= row_scale;
+      }
+    }
+  };
+  const auto bias_of = [&](int tile) {
+    return *reinterpret_cast<const Quad<T>*>(columns.bias + int64_t{tile} * Shape::columns + tx * C);
+  };
+
+  T s[R][C];
+  Step now(first_tile, one_chunk ? 1 : (dim + kDepth - 1) / kDepth), next = now;
+  if (has_points && now.tile < last_tile) fetch(next);
+  for (; now.tile < last_tile; now.advance()) {
+    if (has_points) {
+      device::wait_copies();
+      scale_rows(now);
+      __syncthreads();
+      next.advance();
+      if (next.tile < last_tile) fetch(next);
+    }
+    if (now.chunk == 0) {
+      Quad<T> bias{};
+      if (cost == Cost::sqeuclidean) bias = bias_of(now.tile);
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int c = 0; c < C; ++c) s[r][c] = cost == Cost::sqeuclidean ? bias.value[c] + shift[r] : T(0);
+    }
+    const auto add_dimension = [&](int d) {
+      const Quad<T> y = *reinterpret_cast<const Quad<T>*>(&shared.columns[now.parity][d][tx * C]);
+      Quad<T> quads[2];
+      if (rows_shared) {
+        const auto& from = shared.rows[now.row_slot()][d];
+        quads[0] = *reinterpret_cast<const Quad<T>*>(&from[ty * size]);
+        quads[1] = *reinterpret_cast<const Quad<T>*>(&from[(kSide + ty) * size]);
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          const T xr = rows_shared ? quads[r / size].value[r % size] : x[r][constant_dim ? d : 0];
+          accumulate<cost>(s[r][c], xr, y.value[c]);
+        }
+    };
+    if constexpr (constant_dim > 0) {
+#pragma unroll
+      for (int d = 0; d < constant_dim; ++d) add_dimension(d);
+    } else if (has_points) {
+      const int left = dim - now.chunk * kDepth, depth = left < kDepth ? left : kDepth;
+#pragma unroll 4
+      for (int d = 0; d < depth; ++d) add_dimension(d);
+    }
+    if (!now.completes_tile()) continue;
+    const int64_t column_begin = int64_t{now.tile} * Shape::columns;
+    Quad<T> bias{};
+    if (cost != Cost::sqeuclidean) bias = bias_of(now.tile);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       if (cost != Cost::sqeuclidean) {
 #pragma unroll
         for (int c = 0; c < C; ++c) {
           T pair = 0;
-          if (cost != Cost::matrix) {
+          if (has_points) {
             pair = cost_of<cost>(s[r][c], ground.power);
           } else {
             const int64_t j = column_begin + tx * C + c;
@@ -241,59 +287,39 @@ __device__ void pass_range(const Control& control, const Cloud<T>& rows, const C
           s[r][c] = bias.value[c] + shift[r] - scale * pair;
         }
       }
-      if (safe) {
-        T most = s[r][0], total = 0;
-#pragma unroll
-        for (int c = 1; c < C; ++c) most = greater(most, s[r][c]);
-#pragma unroll
-        for (int c = 0; c < C; ++c) total += power(s[r][c] - most);
-        sum[r].add(most, total);
-      } else {
-#pragma unroll
-        for (int c = 0; c < C; ++c) sum[r].total += power(s[r][c]);
-      }
+      if (r < polynomial_rows(constant_dim))
+        sum[r].template add_powers<safe, 1>(s[r]);
+      else
+        sum[r].template add_powers<safe, 0>(s[r]);
     }
   }
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    for (int offset = kSide / 2; offset; offset /= 2) {
-      const T total = __shfl_xor_sync(kFullMask, sum[r].total, offset);
-      if (safe) {
-        const T most = __shfl_xor_sync(kFullMask, sum[r].most, offset);
-        sum[r].add(most, total);
-      } else {
-        sum[r].total += total;
-      }
-    }
-    if (tx == 0 && row(r) < rows.count) {
-      T* mine = rows.scratch + blockIdx.y * rows.padded + row(r);
-      *mine = sum[r].total;
-      if (safe) mine[gridDim.y * rows.padded] = sum[r].most;
-    }
+    sum[r].template add_lanes<safe, kSide>();
+    if (tx == 0 && row(r) < rows.count) sum[r].template write<safe>(rows, gridDim.y, blockIdx.y, row(r));
   }
 }
 
-template <typename T, Cost cost>
+template <typename T, Cost cost, int constant_dim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     pass_kernel(const Control* controls, Cloud<T> all_rows, Cloud<T> all_columns, Ground<T> ground) {
   const Control* control = controls + blockIdx.z;
   if (control->done) return;
   const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
   if (int64_t{blockIdx.x} * Tile<T>::rows >= rows.count) return;
-  __shared__ Shared<T> shared;
+  __shared__ Slots<T> shared;
   const int64_t tiles = ceil_div(columns.count, Tile<T>::columns), ranges = gridDim.y, range = blockIdx.y;
-  const int64_t first = tiles * range / ranges, last = tiles * (range + 1) / ranges;
+  const int first = static_cast<int>(tiles * range / ranges), last = static_cast<int>(tiles * (range + 1) / ranges);
   if (control->safe)
-    pass_range<T, cost, true>(*control, rows, columns, ground, first, last, shared);
+    pass_range<T, cost, true, constant_dim>(*control, rows, columns, ground, first, last, shared);
   else
-    pass_range<T, cost, false>(*control, rows, columns, ground, first, last, shared);
+    pass_range<T, cost, false, constant_dim>(*control, rows, columns, ground, first, last, shared);
 }
 
 // log2 of one row's sum, by the whole block, with a running maximum.
 template <typename T, Cost cost>
 __device__ T redo_row(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground,
                       int64_t i, T* scratch) {
-  const int64_t width = padded_dim<T>(rows.dim);
   const T scale = T(kLog2e / control.epsilon);
   const T shift = scale * (rows.softmin[i] - rows.squares[i]);
   Scaled<T> sum;
@@ -303,7 +329,8 @@ __device__ T redo_row(const Control& control, const Cloud<T>& rows, const Cloud<
       pair = matrix_of(ground, rows, columns)[place(ground, rows, columns, i, j)];
     } else {
       for (int64_t d = 0; d < rows.dim; ++d)
-        accumulate<cost>(pair, rows.columns[i * width + d], columns.columns[j * width + d]);
+        accumulate<cost>(pair, rows.columns[coordinate<T>(rows.dim, i, d)],
+                         columns.columns[coordinate<T>(rows.dim, j, d)]);
       pair = cost_of<cost>(pair, ground.power);
     }
     sum.add(columns.bias[j] + shift - scale * pair, T(1));
@@ -365,7 +392,7 @@ __device__ inline Sums block_sums(const Sums& sums, double (&scratch)[kSums][kWa
 template <typename T, Cost cost>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     finish_kernel(const Control* controls, Cloud<T> all_rows, Cloud<T> all_columns, Ground<T> ground, Role role,
-                  int64_t ranges, Sums* sums) {
+                  int64_t parts, Sums* sums) {
   const Control* control = controls + blockIdx.z;
   if (control->done) return;
   const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
@@ -378,10 +405,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   bool redo = false;
   if (i < rows.count) {
     Scaled<T> sum;
-    for (int64_t range = 0; range < ranges; ++range) {
-      const T total = rows.scratch[range * rows.padded + i];
+    for (int64_t part = 0; part < parts; ++part) {
+      const T total = rows.scratch[part * rows.padded + i];
       if (control->safe)
-        sum.add(rows.scratch[(ranges + range) * rows.padded + i], total);
+        sum.add(rows.scratch[(parts + part) * rows.padded + i], total);
       else
         sum.total += total;
     }
@@ -508,12 +535,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     plan_kernel(const Control* controls, Cloud<T> all_rows, Cloud<T> all_columns, Ground<T> ground, const T* values,
                 int64_t out_width, T* out, T* mass) {
   const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
-  const int64_t dim = rows.dim, source_width = padded_dim<T>(out_width);
-  const T* source = derivative ? columns.columns : values + all_columns.first_padded(blockIdx.z) * source_width;
+  const int64_t dim = rows.dim;
+  const T* source =
+      derivative ? columns.columns : values + all_columns.first_padded(blockIdx.z) * columns_width<T>(out_width);
   __shared__ T xs[kForceRows][kDepth + 1], ys[kForceColumns][kDepth + 1];
   __shared__ T weights[kForceRows][kForceColumns + 1];
-  __shared__ T points[kForceColumns][kForceDims];
-  const int64_t width = padded_dim<T>(dim), row_begin = int64_t{blockIdx.x} * kForceRows;
+  __shared__ T points[kForceColumns][kForceDims + 1];
+  const int64_t row_begin = int64_t{blockIdx.x} * kForceRows;
   if (row_begin >= rows.count) return;
   const int64_t first = all_rows.first(blockIdx.z);
   const int64_t dim_begin = int64_t{blockIdx.y} * kForceDims;
@@ -531,7 +559,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     for (int k = 0; k < 2; ++k) {
       const int64_t d = dim_begin + lane + k * kWarp;
       total[r][k] = 0;
-      x[r][k] = derivative && in && d < dim ? rows.columns[i * width + d] : T(0);
+      x[r][k] = derivative && in && d < dim ? rows.columns[coordinate<T>(dim, i, d)] : T(0);
     }
   }
   for (int64_t column_begin = 0; column_begin < columns.count; column_begin += kForceColumns) {
@@ -540,11 +568,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       __syncthreads();
 #pragma unroll 1
       for (int k = threadIdx.x; k < kForceRows * kDepth; k += kThreads) {
-        const int p = k / kDepth, d = k % kDepth;
+        const int p = k % kForceRows, d = k / kForceRows;
         const bool in = from + d < dim;
-        xs[p][d] = in && row_begin + p < rows.count ? rows.columns[(row_begin + p) * width + from + d] : T(0);
-        ys[p][d] =
-            in && column_begin + p < columns.count ? columns.columns[(column_begin + p) * width + from + d] : T(0);
+        xs[p][d] = in ? rows.columns[coordinate<T>(dim, row_begin + p, from + d)] : T(0);
+        ys[p][d] = in ? columns.columns[coordinate<T>(dim, column_begin + p, from + d)] : T(0);
       }
       __syncthreads();
 #pragma unroll 4
@@ -567,8 +594,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
 #pragma unroll 1
     for (int k = threadIdx.x; k < kForceColumns * kForceDims; k += kThreads) {
-      const int64_t p = column_begin + k / kForceDims, d = dim_begin + k % kForceDims;
-      points[k / kForceDims][k % kForceDims] = p < columns.count && d < out_width ? source[p * source_width + d] : T(0);
+      const int c = k % kForceColumns, d = k / kForceColumns;
+      points[c][d] =
+          dim_begin + d < out_width ? source[coordinate<T>(out_width, column_begin + c, dim_begin + d)] : T(0);
     }
     __syncthreads();
 #pragma unroll 4
@@ -602,12 +630,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
 }
 
+dim3 one_block(int64_t problems) { return dim3(1, 1, static_cast<unsigned>(problems)); }
+
+void split(const float* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t problems, float* columns,
+           Stream stream) {
+  const int64_t width = columns_width<float>(dim), blocks = ceil_div(count * dim, kThreads * kScaleLoads);
+  const dim3 scale_grid(static_cast<unsigned>(blocks < kScaleBlocks ? blocks : kScaleBlocks), 1,
+                        static_cast<unsigned>(problems));
+  WGAN_EXT_LAUNCH(scale_kernel, scale_grid, kThreads, 0, stream, points, offsets, count, dim, width, columns);
+  WGAN_EXT_LAUNCH(split_kernel, elementwise_grid(padded<float>(count) * tensor_chunks(dim) * kTensorDepth, problems),
+                  kThreads, 0, stream, points, offsets, count, dim, width, static_cast<int>(scale_grid.x), columns);
+}
+void split(const double*, const int64_t*, int64_t, int64_t, int64_t, double*, Stream) {}
+
 template <typename T>
 void pack(const T* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t problems, T* columns,
           Stream stream) {
-  const int64_t size = columns_size<T>(count, dim);
-  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_grid(size, problems), kThreads, 0, stream, points, offsets, count, dim,
-                  size, columns);
+  if (dim == 0) return;
+  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_grid(padded<T>(count) * dim, problems), kThreads, 0, stream, points,
+                  offsets, count, dim, columns);
+  if (has_split<T>(dim)) split(points, offsets, count, dim, problems, columns, stream);
 }
 
 // What this host thread last saw of its solve. The device writes the solve's number into `done`, so that a late copy of
@@ -624,8 +666,6 @@ Poll poll;  // one host thread
 #else
 thread_local Poll poll;
 #endif
-
-dim3 one_block(int64_t problems) { return dim3(1, 1, static_cast<unsigned>(problems)); }
 
 void begin_solve(Control* controls, const Facts* facts, const Options& options, const Control* rows,
                  const Control* columns, int64_t problems, Stream stream) {
@@ -687,18 +727,41 @@ void with_point_cost(Cost cost, const Body& body) {
   return body(Constant<Cost::power>{});
 }
 
+template <typename T, Cost cost, int constant_dim>
+void launch_pass(const Control* controls, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground,
+                 dim3 grid, Stream stream) {
+  if constexpr (constant_dim > 0) {
+    if (rows.dim != constant_dim)
+      return launch_pass<T, cost, constant_dim - 1>(controls, rows, columns, ground, grid, stream);
+  }
+  WGAN_EXT_LAUNCH((pass_kernel<T, cost, constant_dim>), grid, kThreads, 0, stream, controls, rows, columns, ground);
+}
+
+void launch_tensor_pass(const Control* controls, const Cloud<float>& rows, const Cloud<float>& columns, dim3 grid,
+                        Stream stream) {
+  if (rows.dim <= kTensorDepth)
+    WGAN_EXT_LAUNCH((tensor_pass_kernel<true>), grid, kThreads, 0, stream, controls, rows, columns);
+  else
+    WGAN_EXT_LAUNCH((tensor_pass_kernel<false>), grid, kThreads, 0, stream, controls, rows, columns);
+}
+void launch_tensor_pass(const Control*, const Cloud<double>&, const Cloud<double>&, dim3, Stream) {}
+
 template <typename T>
 void pass(const Control* controls, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground, Role role,
           int64_t problems, Sums* sums, Stream stream) {
-  const int64_t parts = ranges<T>(rows.count, columns.count);
+  const int64_t cuts = ranges<T>(rows.count, columns.count);
   const unsigned depth = static_cast<unsigned>(problems);
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows.count, Tile<T>::rows)), static_cast<unsigned>(parts), depth);
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows.count, Tile<T>::rows)), static_cast<unsigned>(cuts), depth);
   const dim3 finish_grid(static_cast<unsigned>(sums_size(rows.count, 0, 0, ground.cost)), 1, depth);
   const auto launch = [&](auto constant) {
     constexpr Cost cost = decltype(constant)::value;
-    WGAN_EXT_LAUNCH((pass_kernel<T, cost>), grid, kThreads, 0, stream, controls, rows, columns, ground);
+    constexpr bool fast = std::is_same_v<T, float> && cost == Cost::sqeuclidean;
+    if (cost == Cost::sqeuclidean && has_split<T>(rows.dim))
+      launch_tensor_pass(controls, rows, columns, grid, stream);
+    else
+      launch_pass<T, cost, fast ? kMostConstantDim : 0>(controls, rows, columns, ground, grid, stream);
     WGAN_EXT_LAUNCH((finish_kernel<T, cost>), finish_grid, kThreads, 0, stream, controls, rows, columns, ground, role,
-                    parts, sums);
+                    parts<T>(rows.count, columns.count, rows.dim, cost), sums);
   };
   if (ground.cost == Cost::matrix) return launch(Constant<Cost::matrix>{});
   with_point_cost(ground.cost, launch);

@@ -13,8 +13,12 @@
 // thread of its own and only what orders memory in CUDA orders it there: __syncthreads, __syncwarp and __threadfence,
 // not shuffles or votes. Blocks of one launch are ordered, so races between blocks are not seen.
 //
-// Not modelled: timing, streams (every call completes before it returns), inline PTX, clusters, tensor cores, textures,
-// fast-math rounding. Floating-point atomics do not compile: reductions must be deterministic.
+// Of PTX there are the instructions of csrc/cuda/ptx.cuh. A copy started by copy_async fills its destination with 0xff
+// and is made by wait_copies: whoever reads before that finds NaN, and a thread that returns with copies under way is
+// refused. The tensor cores add as coarsely as any of sm_80 or later is known to: see multiply_add.
+//
+// Not modelled: timing, streams (every call completes before it returns), other PTX, clusters, textures, fast-math
+// rounding. Floating-point atomics do not compile: reductions must be deterministic.
 #pragma once
 #include <link.h>
 #include <sys/mman.h>
@@ -115,7 +119,7 @@ constexpr size_t kSharedBytes = 48 << 10, kRaisedSharedBytes = 227 << 10;
 
 using Site = std::source_location;
 
-enum class Collective : unsigned char { none, syncwarp, shuffle, ballot };
+enum class Collective : unsigned char { none, syncwarp, shuffle, ballot, matrices };
 enum class State : unsigned char { ready, in_collective, at_barrier, returned };
 
 inline const char* name_of(Collective kind) {
@@ -126,11 +130,22 @@ inline const char* name_of(Collective kind) {
       return "shuffle";
     case Collective::ballot:
       return "vote";
+    case Collective::matrices:
+      return "matrix instruction";
     case Collective::none:
       break;
   }
   return "none";
 }
+
+// Copies of 16 bytes under way.
+struct Copy {
+  void* to;
+  const void* from;
+};
+constexpr unsigned kCopies = 64;
+
+constexpr size_t kRecordBytes = 48;  // what a lane shows the others in a matrix instruction
 
 struct Thread {
   uint3 index;
@@ -142,6 +157,9 @@ struct Thread {
   uint64_t value;
   unsigned source;  // lane read by a shuffle
   int predicate;
+  // Two, used in turn: a lane may reach the next instruction while others still read what it brought to this one.
+  __attribute__((aligned(16))) unsigned char records[2][kRecordBytes];
+  unsigned record;
   // What it gets.
   uint64_t result;
   uint32_t partner_keys;  // bit l: which of lane l's keys orders this collective
@@ -155,6 +173,8 @@ struct Thread {
   void* sanitizer_fiber;  // AddressSanitizer's fake stack, ThreadSanitizer's fiber
   char keys[2];           // addresses that order memory for ThreadSanitizer, used in turn
   unsigned turn;
+  Copy copies[kCopies];
+  unsigned copy_count;
 };
 
 struct Warp {
@@ -284,6 +304,7 @@ WGAN_EXT_UNSEEN inline void live() {
   for (;;) {
     acquire(&machine.start_key);
     (*machine.body)();
+    if (thread.copy_count > 0) refuse("%s returns while its copies are under way", where(thread).c_str());
     release(&machine.end_key);
     thread.state = State::returned;
     ++machine.returned;
@@ -403,6 +424,25 @@ WGAN_EXT_UNSEEN T shuffle(uint32_t mask, T value, unsigned source, Site site) {
   meet(thread, Collective::shuffle, mask);
   __builtin_memcpy(&value, &thread.result, sizeof value);
   return value;
+}
+
+// Shows the other lanes of the warp a record of this one's; `of` then tells theirs, until the next but one call.
+template <typename Record>
+struct Shown {
+  static_assert(sizeof(Record) <= kRecordBytes);
+  Thread* lanes;
+  unsigned turn;
+  WGAN_EXT_UNSEEN const Record& of(unsigned lane) const {
+    return *reinterpret_cast<const Record*>(lanes[lane].records[turn]);
+  }
+};
+template <typename Record>
+WGAN_EXT_UNSEEN Shown<Record> show(const Record& record, Site site) {
+  Thread& thread = running(site);
+  const unsigned turn = thread.record++ % 2;
+  __builtin_memcpy(thread.records[turn], &record, sizeof record);
+  meet(thread, Collective::matrices, 0xffffffffu);
+  return {&thread - machine.current % kLanes, turn};
 }
 
 // The number of threads whose predicate is true.
@@ -537,6 +577,7 @@ WGAN_EXT_UNSEEN inline void run_block() {
   for (Warp& warp : machine.warps) warp = {};
   for (unsigned t = 0; t < machine.count; ++t) {
     machine.threads[t].state = State::ready;
+    machine.threads[t].record = 0;
     machine.warps[t / kLanes].present |= 1u << t % kLanes;
   }
   release(&machine.start_key);
@@ -696,6 +737,101 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
   const int source = lane - static_cast<int>(delta);
   return wgan_ext::emulated::shuffle(mask, value, source >= (lane & -width) ? source : lane, site);
 }
+
+// The instructions of csrc/cuda/ptx.cuh.
+
+namespace wgan_ext::device {
+
+inline float quick_exp2(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0 : y;  // NaN stays
+}
+
+inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+inline void copy_async(void* shared, const void* global, emulated::Site site = emulated::Site::current()) {
+  emulated::Thread& thread = emulated::running(site);
+  if (thread.copy_count == emulated::kCopies) emulated::refuse("more copies under way than the emulator counts");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    emulated::refuse("copy_async by %s of addresses that are not aligned to 16", emulated::where(thread).c_str());
+  thread.copies[thread.copy_count++] = {shared, global};
+  std::memset(shared, 0xff, 16);
+}
+
+inline void wait_copies(emulated::Site site = emulated::Site::current()) {
+  emulated::Thread& thread = emulated::running(site);
+  for (unsigned i = 0; i < thread.copy_count; ++i) std::memcpy(thread.copies[i].to, thread.copies[i].from, 16);
+  thread.copy_count = 0;
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row, emulated::Site site = emulated::Site::current()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    emulated::refuse("load_matrices by %s of an address that is not aligned to 16",
+                     emulated::where(emulated::running(site)).c_str());
+  struct Row {
+    uint32_t words[4];
+  } mine;
+  std::memcpy(&mine, row, sizeof mine);
+  const auto rows = emulated::show(mine, site);
+  const unsigned lane = emulated::machine.current % emulated::kLanes;
+  for (unsigned k = 0; k < 4; ++k) to[k] = rows.of(8 * k + lane / 4).words[lane % 4];
+}
+
+// a and b of a lane as numbers.
+struct Operands {
+  float a[4][2], b[2][2];
+};
+WGAN_EXT_UNSEEN inline void widen_halves(float (&to)[2], uint32_t halves) {
+  _Float16 values[2];
+  __builtin_memcpy(values, &halves, sizeof values);
+  to[0] = static_cast<float>(values[0]);
+  to[1] = static_cast<float>(values[1]);
+}
+
+// c + sum of x[k] y[k], as a tensor core does it: exact products, cut towards zero at 2^-24 of the power of two of the
+// greatest addend, and a sum cut towards zero to float (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021;
+// newer ones keep more bits).
+WGAN_EXT_UNSEEN inline float tensor_sum(float c, const float (&x)[16], const float (&y)[16]) {
+  double addends[17], most = 0, plain = c;
+  addends[16] = c;
+  for (int k = 0; k < 16; ++k) plain += addends[k] = static_cast<double>(x[k]) * y[k];
+  if (!(plain - plain == 0)) return static_cast<float>(plain);  // infinite or NaN
+  for (const double addend : addends) most = most < std::abs(addend) ? std::abs(addend) : most;
+  if (most == 0) return 0;
+  uint64_t power;  // of two, of `most`
+  __builtin_memcpy(&power, &most, sizeof power);
+  power &= uint64_t{0x7ff} << 52;
+  double unit;
+  __builtin_memcpy(&unit, &power, sizeof unit);
+  unit *= 0x1p-24;
+  const double inverse = 1 / unit;
+  int64_t sum = 0;
+  for (const double addend : addends) sum += static_cast<int64_t>(addend * inverse);
+  const double exact = static_cast<double>(sum) * unit;
+  const float rounded = static_cast<float>(exact);
+  return std::abs(static_cast<double>(rounded)) <= std::abs(exact) ? rounded : std::nextafter(rounded, 0.0f);
+}
+
+WGAN_EXT_UNSEEN inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         emulated::Site site = emulated::Site::current()) {
+  Operands mine;
+  for (int i = 0; i < 4; ++i) widen_halves(mine.a[i], a[i]);
+  widen_halves(mine.b[0], b0);
+  widen_halves(mine.b[1], b1);
+  const auto lanes = emulated::show(mine, site);
+  const unsigned lane = emulated::machine.current % emulated::kLanes, g = lane / 4, t = lane % 4;
+  float rows[2][16], columns[2][16];
+  for (unsigned k = 0; k < 16; ++k) {
+    const unsigned holder = k % 8 / 2, high = k / 8, odd = k % 2;
+    for (unsigned i = 0; i < 2; ++i) {
+      rows[i][k] = lanes.of(4 * g + holder).a[2 * high + i][odd];
+      columns[i][k] = lanes.of(4 * (2 * t + i) + holder).b[high][odd];
+    }
+  }
+  for (unsigned i = 0; i < 4; ++i) c[i] = tensor_sum(c[i], rows[i / 2], columns[i % 2]);
+}
+
+}  // namespace wgan_ext::device
 
 // Atomics: on integers only, and ordering nothing, as in CUDA.
 

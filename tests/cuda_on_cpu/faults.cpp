@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 
 namespace {
@@ -187,6 +188,55 @@ __global__ void ordered_blocks(const float* x, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = blockIdx.x == 0 || out[blockIdx.x - 1] != -2 ? total : 0.0f;
 }
 
+// Copies to shared memory by the first threads, 4 floats each.
+__device__ void start_copies(float* shared, const float* x, int shift = 0) {
+  if (threadIdx.x < kBlock / 4)
+    wgan_ext::device::copy_async(shared + 4 * threadIdx.x, x + blockIdx.x * blockDim.x + 4 * threadIdx.x + shift);
+}
+__device__ void sum_shared(const float* shared, float* scratch, float* out) {
+  const float total = block_reduce<Sum>(shared[threadIdx.x], scratch, 0.0f);
+  if (threadIdx.x == 0) out[blockIdx.x] = total;
+}
+
+__global__ void copy_read_too_soon(const float* x, float* out) {
+  __shared__ float scratch[32];
+  __shared__ __align__(16) float shared[kBlock];
+  start_copies(shared, x);
+  __syncthreads();
+  sum_shared(shared, scratch, out);
+  wgan_ext::device::wait_copies();
+}
+
+// Each thread waits for its own copies alone.
+__global__ void copy_without_barrier(const float* x, float* out) {
+  __shared__ float scratch[32];
+  __shared__ __align__(16) float shared[kBlock];
+  start_copies(shared, x);
+  wgan_ext::device::wait_copies();
+  sum_shared(shared, scratch, out);
+}
+
+__global__ void copy_under_way_at_the_end(const float* x, float* out) {
+  __shared__ __align__(16) float shared[kBlock];
+  start_copies(shared, x);
+  out[blockIdx.x] = 0;
+}
+
+__global__ void misaligned_copy(const float* x, float* out) {
+  __shared__ __align__(16) float shared[kBlock];
+  start_copies(shared, x, 1);
+  wgan_ext::device::wait_copies();
+  out[blockIdx.x] = 0;
+}
+
+__global__ void divergent_matrices(const float*, float* out) {
+  const uint32_t a[4] = {};
+  float c[4] = {};
+  if (threadIdx.x % 32 < 16) wgan_ext::device::multiply_add(c, a, 0, 0);
+  __syncthreads();
+  out[blockIdx.x] = c[0];
+}
+
 using Fault = void (*)(const float*, float*);
 
 struct Run {
@@ -220,6 +270,11 @@ const Run kRuns[] = {{"clean", clean<float>},
                      WGAN_EXT_FAULT(misaligned_vector_load),
                      WGAN_EXT_FAULT(overflowing_index),
                      WGAN_EXT_FAULT(ordered_blocks),
+                     WGAN_EXT_FAULT(copy_read_too_soon),
+                     WGAN_EXT_FAULT(copy_without_barrier),
+                     WGAN_EXT_FAULT(copy_under_way_at_the_end),
+                     WGAN_EXT_FAULT(misaligned_copy),
+                     WGAN_EXT_FAULT(divergent_matrices),
                      {"too_many_threads", clean<float>, 1, 1025},
                      {"too_large_grid", clean<float>, 65536},
                      {"empty_grid", clean<float>, 0},

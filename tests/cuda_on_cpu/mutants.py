@@ -28,6 +28,7 @@ import programs
 from programs import REFUSED, ROOT, TIMED_OUT, TOWERS
 
 CRITIC, SPECTRAL, SINKHORN = (f"csrc/{tower}/cuda.cu" for tower in ("critic", "spectral", "sinkhorn"))
+EXPONENT, TENSOR = (f"csrc/sinkhorn/{name}.cuh" for name in ("exponent", "tensor"))
 REDUCE = "csrc/cuda/reduce.cuh"
 
 
@@ -50,7 +51,7 @@ class Mutant:
 
     def towers(self) -> list[str]:
         """Whose programs should find it."""
-        return [tower for tower in TOWERS if self.path == f"csrc/{tower}/cuda.cu"] or TOWERS
+        return [tower for tower in TOWERS if self.path.startswith(f"csrc/{tower}/")] or TOWERS
 
 
 MUTANTS = [
@@ -214,9 +215,14 @@ MUTANTS = [
         "packs are loaded from misaligned weights",
     ),
     # Sinkhorn
-    Mutant(SINKHORN, "width : problem * size", "width : 0", "packing writes the first problem only"),
-    Mutant(SINKHORN, "? offsets[problem] :", "? 0 :", "packing reads the first problem of a ragged batch only"),
-    Mutant(SINKHORN, "i < count && d < dim ? points", "d < dim ? points", "packing reads past the points"),
+    Mutant(
+        SINKHORN,
+        "  columns += extent.first_padded * columns_width<T>(dim);\n",
+        "",
+        "packing writes the first problem only",
+    ),
+    Mutant(EXPONENT, "? offsets[blockIdx.z] :", "? 0 :", "packing reads the first problem of a ragged batch only"),
+    Mutant(SINKHORN, "i < extent.count ? points", "i < extent.padded ? points", "packing reads past the points"),
     Mutant(
         SINKHORN,
         "ground.transposed ? j * rows.count + i",
@@ -268,24 +274,68 @@ MUTANTS = [
         "going = __any_sync(kFullMask, going);",
         "a poll looks at the first warp's problems only",
     ),
-    Mutant(SINKHORN, "if (from + d < width) quad", "quad", "a tile is read past the dimensions"),
-    Mutant(SINKHORN, "offset = kSide / 2;", "offset = kSide / 4;", "half the threads of a row are left out of its sum"),
+    Mutant(SINKHORN, "    if (d >= dim) return;\n", "", "a tile is read past the dimensions"),
+    Mutant(SINKHORN, "add_lanes<safe, kSide>", "add_lanes<safe, kSide / 2>", "a row's sum lacks half its threads"),
     Mutant(
         SINKHORN,
-        "y.value[c]);\n          }\n      }\n      __syncthreads();",
-        "y.value[c]);\n          }\n      }",
-        "no barrier before a tile of columns is overwritten",
+        "      __syncthreads();\n      next.advance();",
+        "      next.advance();",
+        "no barrier between copying a tile, its use and the next copy to its place",
+    ),
+    Mutant(SINKHORN, "      device::wait_copies();\n", "", "a tile is used before it has come"),
+    Mutant(
+        SINKHORN,
+        "      if (next.tile < last_tile) fetch(next);",
+        "      fetch(next);",
+        "a tile past the last is under way at the end",
+    ),
+    Mutant(
+        SINKHORN, "if (has_points && now.tile < last_tile) fetch", "if (has_points) fetch", "an empty range is fetched"
+    ),
+    Mutant(SINKHORN, "!step.brings_rows(first_tile) || ", "", "rows are scaled again with each tile"),
+    Mutant(EXPONENT, "    parity ^= 1;\n", "", "a tile is copied over the one in use"),
+    Mutant(EXPONENT, "return chunks > 2 ? parity : chunk;", "return parity;", "rows are sought where columns are"),
+    Mutant(EXPONENT, "first_tile || chunks > 2;", "first_tile;", "rows of many dimensions are not copied again"),
+    Mutant(EXPONENT, "  x = device::clamp(x, -126.0f, 128.0f);\n", "", "the polynomial's exponent leaves its bits"),
+    Mutant(
+        EXPONENT,
+        "      total *= quick_power(most - now);\n",
+        "",
+        "a sum is not scaled to a greater maximum",
     ),
     Mutant(
         SINKHORN,
-        "from, T(1), shared.columns);\n      __syncthreads();",
-        "from, T(1), shared.columns);",
-        "no barrier between loading a tile and its use",
+        "(tensor ? kWarpsAcross : 1)",
+        "1",
+        "of the warps that share a row, the first is added alone",
     ),
+    Mutant(TENSOR, "    __syncthreads();\n    next.advance();", "    next.advance();", "no barrier before a chunk"),
+    Mutant(TENSOR, "    device::wait_copies();\n", "", "a chunk is used before it has come"),
+    Mutant(TENSOR, "slot[p][unit ^ p % kUnits]", "slot[p][unit]", "units lie elsewhere than they are sought"),
+    Mutant(TENSOR, "lane / 16 * 8 + lane % 8,", "lane % 8,", "two tiles of columns are the same"),
+    Mutant(TENSOR, "    if (now.chunk == 0) {", "    {", "of a tile's chunks, only the last counts"),
+    Mutant(TENSOR, "if (now.chunk * kTensorDepth + 16 * k >= dim) break;", "if (k) break;", "a chunk is halved"),
     Mutant(
-        SINKHORN,
-        "rows.scratch + blockIdx.y * rows.padded + row(r)",
-        "rows.scratch + blockIdx.y * rows.count + row(r)",
+        TENSOR,
+        "        load_b(low, 1, pair);\n        multiply(a, low, pair);\n",
+        "        static_cast<void>(low);\n",
+        "columns are rounded to 11 bits",
+    ),
+    Mutant(TENSOR, "multiply(a, high[pair], pair);\n      }\n      load_a", "}\n      load_a", "rows have 11 bits"),
+    Mutant(TENSOR, "greatest[blockIdx.x] = most", "greatest[0] = most", "a scale is that of some of the points"),
+    Mutant(TENSOR, "? 14 + 127 - exponent : 126", "? 16 + 127 - exponent : 126", "halves overflow"),
+    Mutant(
+        TENSOR,
+        "row_split.header->unscale * column_split.header->unscale",
+        "row_split.header->unscale * row_split.header->unscale",
+        "products are scaled back by the rows' scale twice",
+    ),
+    Mutant(TENSOR, "add_lanes<safe, 4>", "add_lanes<safe, 2>", "half the lanes of a row are left out of its sum"),
+    Mutant(TENSOR, "lane / 4;\n  const double", "lane / 8;\n  const double", "lanes take the shift of other rows"),
+    Mutant(
+        EXPONENT,
+        "part * rows.padded + i",
+        "part * rows.count + i",
         "ranges of columns overlap in the scratch",
     ),
     Mutant(
@@ -296,12 +346,15 @@ MUTANTS = [
     ),
     Mutant(
         SINKHORN,
-        "tiles * range / ranges, last",
-        "tiles * range / ranges + (range > 1), last",
+        "tiles * range / ranges), last",
+        "tiles * range / ranges) + (range > 1), last",
         "a tile between two ranges is left out",
     ),
     Mutant(
-        SINKHORN, "k < size; k += stride()", "k < size; k += 2 * stride()", "every other turn of packing is not made"
+        SINKHORN,
+        "k < extent.padded * dim; k += stride()",
+        "k < extent.padded * dim; k += 2 * stride()",
+        "every other turn of packing is not made",
     ),
     Mutant(
         SINKHORN,
@@ -330,8 +383,8 @@ MUTANTS = [
     ),
     Mutant(
         SINKHORN,
-        "values + all_columns.first_padded(blockIdx.z) * source_width",
-        "values + all_columns.first(blockIdx.z) * source_width",
+        "values + all_columns.first_padded(blockIdx.z) *",
+        "values + all_columns.first(blockIdx.z) *",
         "a batch's values are read at the wrong stride",
     ),
 ]

@@ -1,6 +1,7 @@
 // Every Sinkhorn launcher of csrc/sinkhorn/cuda.cu against the portable CPU kernels: the steps of a solve, compared one
 // by one, for a batch of two problems of like and of unlike sizes, over shapes that are not multiples of a tile, with
 // weights of zero, rows that must be done again, and hard and soft marginals.
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -107,7 +108,7 @@ struct Trace {
 
 template <typename T>
 Trace<T> solve(const Kernels<T>& kernels, const Counts& of_x, const Counts& of_y, int64_t dim, Cost cost,
-               double row_rho, double column_rho) {
+               double row_rho, double column_rho, int64_t iterations) {
   Trace<T> trace;
   const int64_t n = of_x.most(), m = of_y.most(), all_x = of_x.total(), all_y = of_y.total();
   Buffers<T> x(kernels, of_x, dim, of_y, cost, 1), y(kernels, of_y, dim, of_x, cost, 7);
@@ -125,7 +126,7 @@ Trace<T> solve(const Kernels<T>& kernels, const Counts& of_x, const Counts& of_y
   options.rounding = sizeof(T) == 4 ? 1e-6 : 1e-15;
   options.row_rho = row_rho;
   options.column_rho = column_rho;
-  options.max_iter = 9;
+  options.max_iter = iterations;
   options.number = 1;
   const int64_t row_sums = kernels.sums_size(n, m, dim, cost), column_sums = kernels.sums_size(m, n, dim, cost);
   std::vector<Sums> sums(static_cast<size_t>(kProblems * (row_sums > column_sums ? row_sums : column_sums)));
@@ -168,11 +169,11 @@ Trace<T> solve(const Kernels<T>& kernels, const Counts& of_x, const Counts& of_y
     kernels.advance(controls.data(), event, sums.data(), column_sums, kProblems, nullptr);
   };
 
-  // A start whose first pass is plain though its shift is far off: rows have to be done again.
+  // A start whose first pass is plain though the shift of some rows is far off: these have to be done again.
   const std::vector<Control> plain(kProblems);
   kernels.begin(controls.data(), facts, options, plain.data(), plain.data(), kProblems, nullptr);
-  for (int64_t i = 0; i < all_x; i += 3) x.softmin[static_cast<size_t>(i)] = T(sizeof(T) == 4 ? 20 : 200);
-  for (int64_t i = 1; i < all_x; i += 3) x.softmin[static_cast<size_t>(i)] = T(sizeof(T) == 4 ? -20 : -200);
+  for (int64_t i = 0; i < all_x; i += 37) x.softmin[static_cast<size_t>(i)] = T(sizeof(T) == 4 ? 20 : 200);
+  for (int64_t i = 1; i < all_x; i += 37) x.softmin[static_cast<size_t>(i)] = T(sizeof(T) == 4 ? -20 : -200);
   kernels.set_bias(controls.data(), x.cloud, kProblems, nullptr);
   kernels.set_bias(controls.data(), y.cloud, kProblems, nullptr);
   rows(Event::probe_rows);
@@ -226,7 +227,7 @@ Trace<T> solve(const Kernels<T>& kernels, const Counts& of_x, const Counts& of_y
     x.cloud.scratch_size = Buffers<T>::scratch_size(kernels, of_x, dim, of_x, cost);
     std::vector<T> self_scratch(static_cast<size_t>(x.padded_size(x.cloud.scratch_size)));
     x.cloud.scratch = self_scratch.data();
-    for (int64_t i = 0; i < 4; ++i) {
+    for (int64_t i = 0; i < 2; ++i) {
       kernels.pass(controls.data(), x.cloud, x.cloud, ground, Role::self, kProblems, sums.data(), nullptr);
       kernels.advance(controls.data(), Event::self, sums.data(), self_sums, kProblems, nullptr);
       kernels.apply(controls.data(), x.cloud, Role::self, kProblems, nullptr);
@@ -236,16 +237,75 @@ Trace<T> solve(const Kernels<T>& kernels, const Counts& of_x, const Counts& of_y
   return trace;
 }
 
+// Few iterations show all that depends on shape; the controller, which does not, needs more until it has done all it
+// can.
+constexpr int64_t kFew = 2, kMany = 9;
+
 template <typename T>
-void compare(const Counts& n, const Counts& m, int64_t dim, Cost cost, double row_rho, double column_rho) {
-  const Trace<T> got = solve<T>(Kernels<T>::cuda(), n, m, dim, cost, row_rho, column_rho);
-  const Trace<T> want = solve<T>(portable::table<T>(), n, m, dim, cost, row_rho, column_rho);
+void compare(const Counts& n, const Counts& m, int64_t dim, Cost cost, double row_rho, double column_rho,
+             int64_t iterations = kFew) {
+  const Trace<T> got = solve<T>(Kernels<T>::cuda(), n, m, dim, cost, row_rho, column_rho, iterations);
+  const Trace<T> want = solve<T>(portable::table<T>(), n, m, dim, cost, row_rho, column_rho, iterations);
   const std::string shape =
       "N=" + std::to_string(n.first) + "," + std::to_string(n.second) + " M=" + std::to_string(m.first) + "," +
       std::to_string(m.second) + " D=" + std::to_string(dim) + " cost " + std::to_string(static_cast<int>(cost)) +
       " rho " + std::to_string(row_rho) + " " + std::to_string(column_rho) + (sizeof(T) == 4 ? " float " : " double ");
   for (size_t k = 0; k < want.arrays.size(); ++k)
     check::close((shape + want.names[k]).c_str(), got.arrays[k], want.arrays[k], sizeof(T) == 4 ? 2e-3 : 1e-9);
+}
+
+// The softmin of one pass over clouds of this size, as float64 has it, and how far float32 is from it, relative to the
+// greatest: whatever the unit of the points and their shift from the origin, the tensor cores must be as good as
+// additions one by one. Without a shift that is 4 units in the last place.
+void check_accuracy(int64_t n, int64_t m, int64_t dim, double unit, double shift, int32_t safe) {
+  const auto softmin = [&]<typename T>(const Kernels<T>& kernels, T /*type*/) {
+    Buffers<T> x(kernels, {n, n}, dim, {m, m}, Cost::sqeuclidean, 1),
+        y(kernels, {m, m}, dim, {n, n}, Cost::sqeuclidean, 7);
+    for (Buffers<T>* side : {&x, &y}) {
+      std::vector<double> squares(side->squares.size());  // for each type the best
+      for (size_t i = 0; i < side->points.size(); ++i) {
+        const double z = static_cast<float>((static_cast<double>(static_cast<float>(side->points[i])) + shift) * unit);
+        side->points[i] = static_cast<T>(z);
+        squares[i / static_cast<size_t>(dim)] += z * z;
+      }
+      side->squares.assign(squares.begin(), squares.end());
+      side->cloud.squares = side->squares.data();
+      kernels.pack(side->points.data(), nullptr, side->cloud.count, dim, kProblems, side->columns.data(), nullptr);
+    }
+    std::vector<Control> controls(kProblems), given(kProblems);
+    const double epsilon = unit * unit * 0.1 * static_cast<double>(dim);
+    const Facts facts[kProblems] = {{epsilon, epsilon, 1, 1}, {epsilon, epsilon, 1, 1}};
+    Options options{};
+    options.scaling = 1;
+    options.relaxation = 1;
+    options.exponent_limit = 80;
+    options.row_rho = options.column_rho = kHard;
+    options.max_iter = 1;
+    options.number = 1;
+    kernels.begin(controls.data(), facts, options, given.data(), given.data(), kProblems, nullptr);
+    for (Control& control : controls) control.safe = safe;
+    kernels.set_bias(controls.data(), y.cloud, kProblems, nullptr);
+    std::vector<Sums> sums(static_cast<size_t>(kProblems * kernels.sums_size(n, m, dim, Cost::sqeuclidean)));
+    const Ground<T> ground = {Cost::sqeuclidean, T(2), nullptr, false};
+    kernels.pass(controls.data(), x.cloud, y.cloud, ground, Role::rows, kProblems, sums.data(), nullptr);
+    return x.softmin;
+  };
+  const std::vector<double> want = softmin(portable::table<double>(), 0.0);
+  double greatest = 0;
+  for (const double h : want) greatest = std::max(greatest, std::abs(h));
+  const auto error = [&](const std::vector<float>& got) {
+    double most = 0;
+    for (size_t i = 0; i < got.size(); ++i)
+      most = std::max(most, std::isnan(got[i]) ? 1 : std::abs(static_cast<double>(got[i]) - want[i]));
+    return most / greatest;
+  };
+  const double got = error(softmin(Kernels<float>::cuda(), 0.0f)),
+               plain = error(softmin(portable::table<float>(), 0.0f));
+  ++check::comparisons;
+  if (got <= std::max(5e-7, shift != 0 ? 2 * plain : 0.0)) return;
+  ++check::failures;
+  std::printf("softmin, N=%d M=%d D=%d unit %g shift %g safe %d: error %.2g, of the CPU's float32 %.2g\n",
+              static_cast<int>(n), static_cast<int>(m), static_cast<int>(dim), unit, shift, safe, got, plain);
 }
 
 // The poll sees every problem of a batch larger than a block, and answers one call late.
@@ -274,21 +334,35 @@ void check_poll() {
 
 int main(int argc, char** argv) {
   const bool small = check::small(argc, argv);
-  const int64_t shapes[][3] = {{1, 1, 1},    {5, 3, 2},     {131, 70, 3}, {66, 259, 37},
-                               {40, 33, 70}, {300, 140, 5}, {700, 5, 2}};
-  for (const auto& [n, m, dim] : shapes) {
+  // Costs differ in the passes alone, which the first shapes are for: tails and several tiles of both sides, and one to
+  // five chunks of dimensions. The others are for what is the same for all costs: every constant number of dimensions,
+  // several blocks of finish_kernel, loops that turn.
+  const Cost costs[] = {Cost::sqeuclidean, Cost::matrix, Cost::euclidean, Cost::manhattan, Cost::power};
+  const struct {
+    int64_t n, m, dim;
+    size_t costs;
+    int64_t iterations;
+  } shapes[] = {{1, 1, 1, 5, kFew},     {5, 3, 2, 5, kMany},    {131, 70, 3, 5, kMany}, {40, 33, 70, 5, kFew},
+                {66, 259, 37, 5, kFew}, {130, 66, 20, 5, kFew}, {300, 140, 5, 2, kFew}, {530, 5, 4, 2, kFew}};
+  for (const auto& [n, m, dim, count, iterations] : shapes) {
     if (small && n * m > 5000) continue;
-    for (const Cost cost : {Cost::sqeuclidean, Cost::euclidean, Cost::manhattan, Cost::power, Cost::matrix}) {
+    for (size_t k = 0; k < count; ++k) {
+      const Cost cost = costs[k];
       // each kernel with hard and soft marginals, without all combinations
       const bool soft = (n + static_cast<int64_t>(cost)) % 2;
-      compare<float>({n, n}, {m, m}, dim, cost, soft ? 0.3 : kHard, kHard);
-      compare<double>({n, n}, {m, m}, dim, cost, soft ? 0.3 : kHard, soft ? 0.7 : kHard);
+      compare<float>({n, n}, {m, m}, dim, cost, soft ? 0.3 : kHard, kHard, iterations);
+      compare<double>({n, n}, {m, m}, dim, cost, soft ? 0.3 : kHard, soft ? 0.7 : kHard, iterations);
     }
   }
-  // Ragged; no matrices, which only the CPU makes. One problem is a single point of x, one fits its tiles.
-  const Counts ragged[][2] = {{{150, 1}, {5, 140}}, {{33, 300}, {130, 7}}, {{64, 128}, {128, 64}}, {{40, 3}, {9, 9}}};
-  for (const auto& [n, m] : ragged) {
+  // Ragged; no matrices, which only the CPU makes. One problem is a single point of x, one fits its tiles. The tensor
+  // cores have one chunk, two, and many.
+  const struct {
+    Counts n, m;
+    int64_t tensor_dim;
+  } ragged[] = {{{40, 3}, {9, 9}, 18}, {{150, 1}, {5, 140}, 40}, {{33, 300}, {130, 7}, 0}, {{64, 128}, {128, 64}, 70}};
+  for (const auto& [n, m, tensor_dim] : ragged) {
     if (small && n.most() * m.most() > 10000) continue;
+    if (tensor_dim > 0) compare<float>(n, m, tensor_dim, Cost::sqeuclidean, kHard, kHard);
     for (const Cost cost : {Cost::sqeuclidean, Cost::euclidean, Cost::manhattan, Cost::power}) {
       const bool soft = (n.first + static_cast<int64_t>(cost)) % 2;
       compare<float>(n, m, 3, cost, soft ? 0.3 : kHard, kHard);
@@ -296,5 +370,12 @@ int main(int argc, char** argv) {
     }
   }
   check_poll();
+  for (const int64_t dim : {3, 16, 37, 64, 150}) {
+    check_accuracy(70, 66, dim, 1e4, 0, 1);
+    check_accuracy(140, 66, dim, 1e-3, 3, 0);
+    if (small) continue;
+    check_accuracy(70, 66, dim, 1, 0, 0);
+    check_accuracy(70, 66, dim, 1, 30, 1);
+  }
   return check::verdict();
 }

@@ -41,6 +41,12 @@ def test_kernels_agree_with_the_cpu(tower: str, build: Build) -> None:
     assert {name for name in declared if re.search(rf"\b{name}\b", ran) is None} == set()
 
 
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_instructions_mean_what_ptx_says(order: str, build: Build) -> None:
+    shown = run(build("ptx", "address"), order=order)
+    assert shown.returncode == 0, shown.stdout
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_order_of_threads_and_blocks_does_not_matter(tower: str, build: Build) -> None:
     shown = run(build(tower, "address"), "small", order="reverse")
@@ -61,6 +67,9 @@ REFUSALS = {
     "mixed_collectives": r"divergent warp collective: vote by thread \(0, 0, 0\)",
     "shuffle_from_absent_lane": r"shuffle by thread \(0, 0, 0\) .* reads lane 20, which takes no part",
     "lane_outside_mask": r"shuffle by thread \(16, 0, 0\) .*: its own lane is not in the mask 0000ffff",
+    "divergent_matrices": r"divergent warp collective: matrix instruction by thread \(0, 0, 0\) .*, not all of which",
+    "copy_under_way_at_the_end": r"thread \(\d+, 0, 0\) at faults.cpp:\d+ returns while its copies are under way",
+    "misaligned_copy": r"copy_async by thread \(\d+, 0, 0\) .* that are not aligned to 16",
     "too_many_threads": r"block \(1025, 1, 1\) breaks the device's limits",
     "too_large_grid": r"grid \(1, 65536, 1\) breaks the device's limits",
     "empty_grid": r"grid \(1, 0, 1\) breaks the device's limits",
@@ -82,9 +91,10 @@ WRONG_RESULTS = {
     "missing_syncwarp": ("reverse", r"block 0: got -?nan"),
     "uninitialised_static_shared": ("forward", r"block 1: got -?nan"),
     "uninitialised_dynamic_shared": ("forward", r"block 0: got -?nan"),
+    "copy_read_too_soon": ("forward", r"block 0: got -?nan"),
     "ordered_blocks": ("reverse", r"block 1: got 0, want"),
 }
-RACES = ["missing_syncthreads", "missing_syncwarp", "shuffle_for_syncwarp", "reused_scratch"]
+RACES = ["missing_syncthreads", "missing_syncwarp", "shuffle_for_syncwarp", "reused_scratch", "copy_without_barrier"]
 
 
 def test_every_fault_is_expected() -> None:
