@@ -21,7 +21,8 @@ constexpr int64_t kBlockBytes = 128 * 1024;             // of panels
 constexpr int64_t kVectorChunk = 8192;                  // elements of an elementwise loop
 constexpr int64_t kMostStrips = 32;                     // parts of a matrix's rows
 constexpr int64_t kStripColumns = 4096;                 // whose sums stay in the first-level cache
-constexpr int64_t kHeldDims = 64;                       // of a plan's product, whose sums stay on the stack
+constexpr int64_t kHeldDims = 128;                      // of a plan's product, whose sums stay on the stack
+constexpr int64_t kLeastProductDim = 16;                // from here on a gradient may be the plan's product with points
 constexpr int64_t kLeastCachedDim = 16;                 // from here on reading a cost is cheaper than computing it
 
 template <typename T>
@@ -633,18 +634,43 @@ void report(const Control* controls, int64_t problems, double* out, Stream) {
   }
 }
 
+// total = sum_j weight_rj values_jd over the panels of columns [from, to), for dims values from d on.
+template <int dims, int64_t block, typename T>
+WGAN_EXT_INLINE void weigh(const T (&weight)[kRows][block], const T* values, int64_t width, int64_t d, int64_t from,
+                           int64_t to, Vec<T> (&total)[dims][kRows]) {
+  constexpr int64_t size = Vec<T>::size;
+  for (int k = 0; k < dims; ++k)
+    for (int r = 0; r < kRows; ++r) total[k][r] = Vec<T>::zero();
+  for (int64_t j = from; j < to; j += kPanel<T>) {
+    const T* panel = values + j * width + d * kPanel<T>;
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      Vec<T> y[dims];
+      for (int k = 0; k < dims; ++k) y[k] = Vec<T>::load(panel + k * kPanel<T> + v * size);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> w = Vec<T>::load(weight[r] + (j - from) + v * size);
+        for (int k = 0; k < dims; ++k) total[k][r] = fma(w, y[k], total[k][r]);
+      }
+    }
+  }
+}
+
 // Sums over a tile's plan, whose entries against a block of columns stay on the stack: of values [width] of the columns
 // (packed like points, out [.., width]), or, where there are none, of the cost's derivative (out [.., dim]).
 template <Cost cost, bool derivative, typename T>
 void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground, int64_t begin,
                 int64_t end, const T* values, int64_t width, T* out, T* mass) {
   const FlushSubnormals flush;
-  constexpr int64_t size = Vec<T>::size, block = 8 * kPanel<T>;
+  constexpr int64_t size = Vec<T>::size, block = 32 * kPanel<T>;
   const Pass<T> pass = make_pass(epsilon, rows, columns, ground);
   const int64_t dim = rows.dim;
   const T scale = pass.scale;
   Vec<T> sums[kHeldDims][kRows];  // over the lanes' columns: adding up lanes for every block would cost more than it
   const bool held = width <= kHeldDims;
+  // The derivative of the squared cost as the plan's product with the points, for half the operations; at few
+  // dimensions, where distances may be small beside the points' own size, as a sum of differences.
+  const bool product = !derivative || (cost == Cost::sqeuclidean && dim >= kLeastProductDim);
   interleave(rows.points, begin, end, dim, cost == Cost::sqeuclidean ? 2 * scale : T(1), rows.scratch);
   for (int64_t i = begin; i < end; i += kRows) {
     const int64_t n = least(int64_t{kRows}, end - i);
@@ -691,38 +717,58 @@ void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, c
         }
       }
       const T* source = derivative ? columns.columns : values;
-      for (int64_t d = 0; d < width; ++d) {
-        Vec<T> total[kRows];
-        T x[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          total[r] = held ? sums[d][r] : Vec<T>::zero();
-          x[r] = derivative && r < n ? rows.points[(i + r) * dim + d] : T(0);
-        }
-        for (int64_t j = from; j < to; j += size) {
-          const Vec<T> y = Vec<T>::load(source + (j / kPanel<T> * width + d) * kPanel<T> + j % kPanel<T>);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const Vec<T> w = Vec<T>::load(weight[r] + (j - from));
-            if constexpr (!derivative) {
-              total[r] = fma(w, y, total[r]);
-            } else if constexpr (cost == Cost::manhattan) {
-              const Vec<T> z = Vec<T>::fill(x[r]) - y, negative = {z.value < 0 ? -w.value : Vec<T>::zero().value};
-              total[r] = total[r] + Vec<T>{z.value > 0 ? w.value : negative.value};
-            } else {
-              total[r] = fma(w, Vec<T>::fill(x[r]) - y, total[r]);
-            }
-          }
-        }
+      const auto keep = [&](int64_t d, const Vec<T>(&total)[kRows]) {
         if (held)
-          for (int r = 0; r < kRows; ++r) sums[d][r] = total[r];
+          for (int r = 0; r < kRows; ++r) sums[d][r] = sums[d][r] + total[r];
         else
           for (int64_t r = 0; r < n; ++r) out[(i + r) * width + d] += sum(total[r]);
+      };
+      int64_t d = 0;
+      for (; product && d + 1 < width; d += 2) {
+        Vec<T> total[2][kRows];
+        weigh<2>(weight, source, width, d, from, to, total);
+        keep(d, total[0]);
+        keep(d + 1, total[1]);
+      }
+      for (; product && d < width; ++d) {
+        Vec<T> total[1][kRows];
+        weigh<1>(weight, source, width, d, from, to, total);
+        keep(d, total[0]);
+      }
+      if constexpr (derivative) {
+        for (; d < width; ++d) {
+          Vec<T> total[kRows];
+          T x[kRows];
+          for (int r = 0; r < kRows; ++r) {
+            total[r] = Vec<T>::zero();
+            x[r] = r < n ? rows.points[(i + r) * dim + d] : T(0);
+          }
+          for (int64_t j = from; j < to; j += size) {
+            const Vec<T> y = Vec<T>::load(source + (j / kPanel<T> * width + d) * kPanel<T> + j % kPanel<T>);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+              const Vec<T> w = Vec<T>::load(weight[r] + (j - from)), z = Vec<T>::fill(x[r]) - y;
+              if constexpr (cost == Cost::manhattan) {
+                const Vec<T> negative = {z.value < 0 ? -w.value : Vec<T>::zero().value};
+                total[r] = total[r] + Vec<T>{z.value > 0 ? w.value : negative.value};
+              } else {
+                total[r] = fma(w, z, total[r]);
+              }
+            }
+          }
+          keep(d, total);
+        }
       }
     }
     for (int64_t d = 0; held && d < width; ++d)
       for (int64_t r = 0; r < n; ++r) out[(i + r) * width + d] = sum(sums[d][r]);
-    if (mass)
-      for (int64_t r = 0; r < n; ++r) mass[i + r] = sum(row_mass[r]);
+    if constexpr (derivative) {
+      for (int64_t r = 0; r < n; ++r) {
+        mass[i + r] = sum(row_mass[r]);
+        for (int64_t d = 0; product && d < width; ++d)
+          out[(i + r) * width + d] = rows.points[(i + r) * dim + d] * mass[i + r] - out[(i + r) * width + d];
+      }
+    }
   }
 }
 
