@@ -6,6 +6,9 @@
 // Exponents are in base 2, and shifted by the row's previous softmin, which bounds them (solve.h), so that no running
 // maximum is needed; a row whose sum still leaves the range of T is done again with one.
 //
+// Where the clouds have boxes, a pass with plain sums leaves out the tiles of columns that are too far from a tile of
+// rows; what they could add is summed up too, and a row against whose sum that is not rounding is done again with all.
+//
 // Where the costs lie in memory as a matrix, a tile reads its rows of it. The pass over the matrix's columns reads it
 // in the same order and adds to one sum a column, of which each chunk of rows has its own.
 #include "../parallel.h"
@@ -21,7 +24,8 @@ constexpr int64_t kBlockBytes = 128 * 1024;             // of panels
 constexpr int64_t kVectorChunk = 8192;                  // elements of an elementwise loop
 constexpr int64_t kMostStrips = 32;                     // parts of a matrix's rows
 constexpr int64_t kStripColumns = 4096;                 // whose sums stay in the first-level cache
-constexpr int64_t kHeldDims = 64;                       // of a plan's product, whose sums stay on the stack
+constexpr int64_t kHeldDims = 128;                      // of a plan's product, whose sums stay on the stack
+constexpr int64_t kLeastProductDim = 16;                // from here on a gradient may be the plan's product with points
 constexpr int64_t kLeastCachedDim = 16;                 // from here on reading a cost is cheaper than computing it
 
 template <typename T>
@@ -32,6 +36,13 @@ template <typename T>
 constexpr T kLeastSum = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
 template <typename T>
 constexpr T kMostSum = sizeof(T) == 4 ? T(3e38) : T(1e308);
+
+// What all tiles left out may add to a row's sum, by which factor of it, and log2 of what one may add to a sum of 1.
+template <typename T>
+constexpr T kLeftOut = sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-53);
+template <typename T>
+constexpr T kLeastExponent = sizeof(T) == 4 ? T(-31) : T(-60);
+constexpr int64_t kBlockTiles = 2048;  // of columns, whose distances to a tile of rows stay on the stack
 
 WGAN_EXT_INLINE int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
@@ -89,6 +100,26 @@ WGAN_EXT_INLINE void with_cost(Cost cost, const Body& body) {
       return body(Constant<Cost::power>{});
     case Cost::matrix:
       return body(Constant<Cost::matrix>{});
+  }
+}
+
+template <int D>
+struct Dim {
+  static constexpr int value = D;
+};
+
+// Calls body with the dimension as a constant of its type, where a kernel for it alone is worth its size, else 0.
+template <typename Body>
+WGAN_EXT_INLINE void with_dim(int64_t dim, const Body& body) {
+  switch (dim) {
+    case 1:
+      return body(Dim<1>{});
+    case 2:
+      return body(Dim<2>{});
+    case 3:
+      return body(Dim<3>{});
+    default:
+      return body(Dim<0>{});
   }
 }
 
@@ -219,6 +250,123 @@ WGAN_EXT_INLINE void exponents(const Pass<T>& pass, int64_t i, int64_t j, const 
         for (int v = 0; v < 2; ++v) s[r][v] = fma(s[r][v], minus, bias[v] + Vec<T>::fill(shift[r]));
     }
   }
+}
+
+// The columns against which a tile of rows is summed: runs of whole tiles, out of a block of them.
+struct Kept {
+  int32_t runs;
+  int32_t from[kBlockTiles], to[kBlockTiles];  // tiles
+};
+
+// The greatest exponent of the tiles of columns, but for distance; the number of columns is in it.
+template <typename T>
+void set_tops(const Cloud<T>& columns, T scale) {
+  const int64_t tiles = ceil_div(columns.count, kTile), stride = box_stride(columns.count);
+  T* tops = columns.boxes + 2 * columns.dim * stride;
+  constexpr int64_t per_chunk = kVectorChunk / kTile;
+  parallel_for(ceil_div(stride, per_chunk), [&](int64_t chunk) {
+    for (int64_t tile = chunk * per_chunk; tile < least((chunk + 1) * per_chunk, stride); ++tile) {
+      T top = T(kLogZero);
+      for (int64_t j = tile * kTile; tile < tiles && j < least((tile + 1) * kTile, columns.count); ++j) {
+        const T v = columns.bias[j] + scale * columns.aligned[j];
+        top = v <= top ? top : v;
+        if (!(v == v)) break;  // NaN, which is below and above nothing
+      }
+      tops[tile] = top + 5;  // log2 kTile
+    }
+  });
+}
+
+// Which tiles of the block of columns [first, last) may add more than 2^kLeastExponent to a sum of rows of one tile,
+// the greatest of whose exponents but for distance is `top`; adds what all others may.
+template <Cost cost, typename T>
+void keep(const Pass<T>& pass, const Cloud<T>& rows, const Cloud<T>& columns, int64_t tile, T top, int64_t first,
+          int64_t last, Kept& kept, T& left_out) {
+  static_assert(kTile == 32);
+  constexpr int64_t size = Vec<T>::size;
+  const int64_t dim = rows.dim, row_stride = box_stride(rows.count), stride = box_stride(columns.count);
+  const Vec<T> zero = Vec<T>::zero(), minus = Vec<T>::fill(-pass.scale), level = Vec<T>::fill(top);
+  const Vec<T> least_exponent = Vec<T>::fill(kLeastExponent<T>);
+  Vec<T> others = zero;
+  int32_t runs = 0, end = -1;  // of the last run
+  for (int64_t j = first; j < last; j += size) {
+    Vec<T> distance = zero;
+    for (int64_t d = 0; d < dim; ++d) {
+      const Vec<T> middle = Vec<T>::fill(rows.boxes[d * row_stride + tile]),
+                   half = Vec<T>::fill(rows.boxes[(dim + d) * row_stride + tile]);
+      const Vec<T> gap = greatest(zero, magnitude(middle - Vec<T>::load(columns.boxes + d * stride + j)) -
+                                            (half + Vec<T>::load(columns.boxes + (dim + d) * stride + j)));
+      distance = cost == Cost::manhattan ? distance + gap : fma(gap, gap, distance);
+    }
+    if constexpr (cost == Cost::euclidean) distance = sqrt(distance);
+    if constexpr (cost == Cost::power) distance = raise(distance, pass.power / 2);
+    const Vec<T> exponent = fma(distance, minus, level + Vec<T>::load(columns.boxes + 2 * dim * stride + j));
+    const auto far = exponent.value <= least_exponent.value;  // NaN is not
+    others = others + Vec<T>{far ? exp2(exponent).value : zero.value};
+    T near[size];
+    Vec<T>{far ? zero.value : Vec<T>::fill(1).value}.store(near);
+    if (sum(Vec<T>::load(near)) == 0) continue;
+    for (int64_t k = 0; k < size; ++k) {
+      if (near[k] == 0) continue;
+      const int32_t at = static_cast<int32_t>(j - first + k);
+      if (at != end) kept.from[runs++] = at;
+      end = at + 1;
+      kept.to[runs - 1] = end;
+    }
+  }
+  kept.runs = runs;
+  left_out += sum(others);
+}
+
+// The same where nothing is left out.
+WGAN_EXT_INLINE void keep_all(int64_t tiles, Kept& kept) {
+  kept.runs = 1;
+  kept.from[0] = 0;
+  kept.to[0] = static_cast<int32_t>(tiles);
+}
+
+// total[i - begin] = sum_j 2^exponent, rows [begin, end) of whole tiles of rows; left_out[(i - begin) / kTile] is what
+// the sums may lack.
+template <Cost cost, int D, typename T>
+void pruned_sums(const Pass<T>& pass, const Cloud<T>& rows, const Cloud<T>& columns, int64_t begin, int64_t end,
+                 const T* shift, T* total, T* left_out) {
+  Kept kept;
+  const int64_t tiles = box_stride(columns.count);
+  for (int64_t i = begin; i < end; ++i) total[i - begin] = 0;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t last = least(first + kTile, end);
+    T top = T(kLogZero), lost = 0;
+    for (int64_t i = first; i < least(last, rows.count); ++i) {
+      const T v = shift[i - begin] + pass.scale * rows.aligned[i];
+      top = v <= top ? top : v;
+      if (!(v == v)) break;
+    }
+    for (int64_t block = 0; block < tiles; block += kBlockTiles) {
+      keep<cost>(pass, rows, columns, first / kTile, top, block, least(block + kBlockTiles, tiles), kept, lost);
+      for (int64_t i = first; i < last; i += kRows) {
+        Vec<T> row_sums[kRows];
+        for (int r = 0; r < kRows; ++r) row_sums[r] = Vec<T>::zero();
+        for (int32_t run = 0; run < kept.runs; ++run) {
+          const int64_t to = least((block + kept.to[run]) * kTile, pass.padded_count);
+          for (int64_t j = (block + kept.from[run]) * kTile; j < to; j += kPanel<T>) {
+            Vec<T> s[kRows][2];
+            exponents<cost, D>(pass, i, j, shift + (i - begin), s);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) row_sums[r] = row_sums[r] + (exp2(s[r][0]) + exp2(s[r][1]));
+          }
+        }
+        for (int r = 0; r < kRows; ++r) total[i - begin + r] += sum(row_sums[r]);
+      }
+    }
+    left_out[(first - begin) / kTile] = lost;
+  }
+}
+
+// Whether the tiles can be told apart in a pass at this epsilon.
+template <typename T>
+WGAN_EXT_INLINE bool pruned(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns) {
+  return rows.boxes && columns.boxes &&
+         worth_pruning(control.epsilon, control.facts.start_epsilon, least(rows.count, columns.count), rows.dim);
 }
 
 // total[i - begin] = sum_j 2^exponent, rows [begin, end) of whole tiles.
@@ -355,27 +503,28 @@ void pass_chunk(const Control& control, const Cloud<T>& rows, const Cloud<T>& co
   T shift[kMostChunk + kRows], level[kMostChunk + kRows];
   for (int64_t i = begin; i < tiled_end; ++i)
     shift[i - begin] = i < end ? pass.scale * (rows.softmin[i] - rows.squares[i]) : T(0);
-  if (control.safe) {
+  const bool prune = pruned(control, rows, columns);
+  if (control.safe && !prune) {  // with most tiles left out it is cheaper to see what a plain sum is
     safe_levels<cost>(pass, begin, tiled_end, shift, level);
   } else {
-    switch (cost == Cost::matrix ? 0 : rows.dim) {
-      case 1:
-        plain_sums<cost, 1>(pass, begin, tiled_end, shift, level);
-        break;
-      case 2:
-        plain_sums<cost, 2>(pass, begin, tiled_end, shift, level);
-        break;
-      case 3:
-        plain_sums<cost, 3>(pass, begin, tiled_end, shift, level);
-        break;
-      default:
-        plain_sums<cost, 0>(pass, begin, tiled_end, shift, level);
-    }
+    T left_out[ceil_div(kMostChunk + kRows, kTile)];
+    const auto sums_of = [&](auto d) {
+      constexpr int D = decltype(d)::value;
+      if constexpr (cost != Cost::matrix)
+        if (prune) return pruned_sums<cost, D>(pass, rows, columns, begin, tiled_end, shift, level, left_out);
+      plain_sums<cost, D>(pass, begin, tiled_end, shift, level);
+    };
+    with_dim(cost == Cost::matrix ? 0 : rows.dim, sums_of);
     for (int64_t i = begin; i < tiled_end; i += kRows) {
       T* total = level + (i - begin);
+      const int64_t n = least(int64_t{kRows}, end - i);
       bool fine = true;
-      for (int64_t r = 0; r < least(int64_t{kRows}, end - i); ++r)
-        fine = fine && total[r] >= kLeastSum<T> && total[r] <= kMostSum<T>;
+      if (prune) {
+        for (int64_t r = 0; r < n; ++r) fine = fine && left_out[(i - begin) / kTile] <= kLeftOut<T> * total[r];
+        if (!fine && !control.safe) plain_sums<cost, 0>(pass, i, i + kRows, shift + (i - begin), total);
+        fine = fine || !control.safe;
+      }
+      for (int64_t r = 0; r < n; ++r) fine = fine && total[r] >= kLeastSum<T> && total[r] <= kMostSum<T>;
       if (fine)
         for (int r = 0; r < kRows; ++r) total[r] = log2_of(total[r]);
       else
@@ -498,12 +647,18 @@ void pass(const Control* controls, const Cloud<T>& all_rows, const Cloud<T>& all
       pass_columns(control, rows, columns, ground, role, size, mine);
       continue;
     }
-    parallel_for(ceil_div(rows.count, size), [&](int64_t chunk) {
+    const auto each = [&](int64_t chunk) {
       const int64_t begin = chunk * size, end = least(begin + size, rows.count);
       with_cost(ground.cost, [&](auto cost) {
         pass_chunk<decltype(cost)::value>(control, rows, columns, ground, role, begin, end, mine + chunk);
       });
-    });
+    };
+    if (pruned(control, rows, columns)) {
+      set_tops(columns, T(kLog2e / control.epsilon));
+      parallel_each(ceil_div(rows.count, size), each);
+    } else {
+      parallel_for(ceil_div(rows.count, size), each);
+    }
   }
 }
 
@@ -633,18 +788,45 @@ void report(const Control* controls, int64_t problems, double* out, Stream) {
   }
 }
 
+// total = sum_j weight_rj values_jd over the panels of columns [from, to), for dims values from d on.
+template <int dims, int64_t block, typename T>
+WGAN_EXT_INLINE void weigh(const T (&weight)[kRows][block], const T* values, int64_t width, int64_t d, int64_t from,
+                           int64_t to, Vec<T> (&total)[dims][kRows]) {
+  constexpr int64_t size = Vec<T>::size;
+  for (int k = 0; k < dims; ++k)
+    for (int r = 0; r < kRows; ++r) total[k][r] = Vec<T>::zero();
+  for (int64_t j = from; j < to; j += kPanel<T>) {
+    const T* panel = values + j * width + d * kPanel<T>;
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      Vec<T> y[dims];
+      for (int k = 0; k < dims; ++k) y[k] = Vec<T>::load(panel + k * kPanel<T> + v * size);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> w = Vec<T>::load(weight[r] + (j - from) + v * size);
+        for (int k = 0; k < dims; ++k) total[k][r] = fma(w, y[k], total[k][r]);
+      }
+    }
+  }
+}
+
 // Sums over a tile's plan, whose entries against a block of columns stay on the stack: of values [width] of the columns
 // (packed like points, out [.., width]), or, where there are none, of the cost's derivative (out [.., dim]).
 template <Cost cost, bool derivative, typename T>
-void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground, int64_t begin,
-                int64_t end, const T* values, int64_t width, T* out, T* mass) {
+void plan_chunk(const Control& control, const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>& ground,
+                int64_t begin, int64_t end, const T* values, int64_t width, T* out, T* mass) {
   const FlushSubnormals flush;
-  constexpr int64_t size = Vec<T>::size, block = 8 * kPanel<T>;
-  const Pass<T> pass = make_pass(epsilon, rows, columns, ground);
-  const int64_t dim = rows.dim;
+  constexpr int64_t size = Vec<T>::size, block = 32 * kPanel<T>;
+  const Pass<T> pass = make_pass(control.epsilon, rows, columns, ground);
+  const int64_t dim = rows.dim, tiles = ceil_div(columns.padded, kTile);
   const T scale = pass.scale;
+  const bool prune = pruned(control, rows, columns);
+  Kept kept;
   Vec<T> sums[kHeldDims][kRows];  // over the lanes' columns: adding up lanes for every block would cost more than it
   const bool held = width <= kHeldDims;
+  // The derivative of the squared cost as the plan's product with the points, for half the operations; at few
+  // dimensions, where distances may be small beside the points' own size, as a sum of differences.
+  const bool product = !derivative || (cost == Cost::sqeuclidean && dim >= kLeastProductDim);
   interleave(rows.points, begin, end, dim, cost == Cost::sqeuclidean ? 2 * scale : T(1), rows.scratch);
   for (int64_t i = begin; i < end; i += kRows) {
     const int64_t n = least(int64_t{kRows}, end - i);
@@ -652,13 +834,14 @@ void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, c
     Vec<T> row_mass[kRows];
     for (int r = 0; r < kRows; ++r) {
       shift[r] = r < n ? rows.log_weights[i + r] + scale * (rows.potential[i + r] - rows.squares[i + r]) : T(kLogZero);
-      row_mass[r] = Vec<T>::zero();
     }
-    for (int64_t k = 0; k < n * width; ++k) out[i * width + k] = 0;
-    for (int64_t d = 0; held && d < width; ++d)
-      for (int r = 0; r < kRows; ++r) sums[d][r] = Vec<T>::zero();
-    for (int64_t from = 0; from < columns.padded; from += block) {
-      const int64_t to = least(from + block, columns.padded);
+    T top = T(kLogZero);
+    for (int64_t r = 0; prune && r < n; ++r) {
+      const T v = scale * (rows.potential[i + r] - rows.squares[i + r] + rows.aligned[i + r]);
+      top = v <= top ? top : v;
+      if (!(v == v)) break;
+    }
+    const auto add = [&](int64_t from, int64_t to) {
       T weight[kRows][block];
       for (int64_t j = from; j < to; j += kPanel<T>) {
         Vec<T> s[kRows][2];
@@ -691,53 +874,105 @@ void plan_chunk(double epsilon, const Cloud<T>& rows, const Cloud<T>& columns, c
         }
       }
       const T* source = derivative ? columns.columns : values;
-      for (int64_t d = 0; d < width; ++d) {
-        Vec<T> total[kRows];
-        T x[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          total[r] = held ? sums[d][r] : Vec<T>::zero();
-          x[r] = derivative && r < n ? rows.points[(i + r) * dim + d] : T(0);
-        }
-        for (int64_t j = from; j < to; j += size) {
-          const Vec<T> y = Vec<T>::load(source + (j / kPanel<T> * width + d) * kPanel<T> + j % kPanel<T>);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const Vec<T> w = Vec<T>::load(weight[r] + (j - from));
-            if constexpr (!derivative) {
-              total[r] = fma(w, y, total[r]);
-            } else if constexpr (cost == Cost::manhattan) {
-              const Vec<T> z = Vec<T>::fill(x[r]) - y, negative = {z.value < 0 ? -w.value : Vec<T>::zero().value};
-              total[r] = total[r] + Vec<T>{z.value > 0 ? w.value : negative.value};
-            } else {
-              total[r] = fma(w, Vec<T>::fill(x[r]) - y, total[r]);
-            }
-          }
-        }
+      const auto keep = [&](int64_t d, const Vec<T>(&total)[kRows]) {
         if (held)
-          for (int r = 0; r < kRows; ++r) sums[d][r] = total[r];
+          for (int r = 0; r < kRows; ++r) sums[d][r] = sums[d][r] + total[r];
         else
           for (int64_t r = 0; r < n; ++r) out[(i + r) * width + d] += sum(total[r]);
+      };
+      int64_t d = 0;
+      for (; product && d + 1 < width; d += 2) {
+        Vec<T> total[2][kRows];
+        weigh<2>(weight, source, width, d, from, to, total);
+        keep(d, total[0]);
+        keep(d + 1, total[1]);
       }
-    }
+      for (; product && d < width; ++d) {
+        Vec<T> total[1][kRows];
+        weigh<1>(weight, source, width, d, from, to, total);
+        keep(d, total[0]);
+      }
+      if constexpr (derivative) {
+        for (; d < width; ++d) {
+          Vec<T> total[kRows];
+          T x[kRows];
+          for (int r = 0; r < kRows; ++r) {
+            total[r] = Vec<T>::zero();
+            x[r] = r < n ? rows.points[(i + r) * dim + d] : T(0);
+          }
+          for (int64_t j = from; j < to; j += size) {
+            const Vec<T> y = Vec<T>::load(source + (j / kPanel<T> * width + d) * kPanel<T> + j % kPanel<T>);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+              const Vec<T> w = Vec<T>::load(weight[r] + (j - from)), z = Vec<T>::fill(x[r]) - y;
+              if constexpr (cost == Cost::manhattan) {
+                const Vec<T> negative = {z.value < 0 ? -w.value : Vec<T>::zero().value};
+                total[r] = total[r] + Vec<T>{z.value > 0 ? w.value : negative.value};
+              } else {
+                total[r] = fma(w, z, total[r]);
+              }
+            }
+          }
+          keep(d, total);
+        }
+      }
+    };
+    // All columns in blocks, or only those that matter; returns what the sums may lack.
+    const auto add_all = [&](bool whole) {
+      T lost = 0;
+      for (int r = 0; r < kRows; ++r) row_mass[r] = Vec<T>::zero();
+      for (int64_t k = 0; k < n * width; ++k) out[i * width + k] = 0;
+      for (int64_t d = 0; held && d < width; ++d)
+        for (int r = 0; r < kRows; ++r) sums[d][r] = Vec<T>::zero();
+      for (int64_t first = 0; first < tiles; first += kBlockTiles) {
+        const int64_t last = least(first + kBlockTiles, tiles);
+        if (whole)
+          keep_all(last - first, kept);
+        else
+          keep<cost>(pass, rows, columns, i / kTile, top, first, last, kept, lost);
+        for (int32_t run = 0; run < kept.runs; ++run) {
+          const int64_t to = least((first + kept.to[run]) * kTile, columns.padded);
+          for (int64_t from = (first + kept.from[run]) * kTile; from < to; from += block)
+            add(from, least(from + block, to));
+        }
+      }
+      return lost;
+    };
+    const T lost = add_all(!prune);
+    bool fine = true;
+    for (int64_t r = 0; r < n; ++r) fine = fine && rows.weights[i + r] * lost <= kLeftOut<T> * sum(row_mass[r]);
+    if (prune && !fine) add_all(true);
     for (int64_t d = 0; held && d < width; ++d)
       for (int64_t r = 0; r < n; ++r) out[(i + r) * width + d] = sum(sums[d][r]);
-    if (mass)
-      for (int64_t r = 0; r < n; ++r) mass[i + r] = sum(row_mass[r]);
+    if constexpr (derivative) {
+      for (int64_t r = 0; r < n; ++r) {
+        mass[i + r] = sum(row_mass[r]);
+        for (int64_t d = 0; product && d < width; ++d)
+          out[(i + r) * width + d] = rows.points[(i + r) * dim + d] * mass[i + r] - out[(i + r) * width + d];
+      }
+    }
   }
+}
+
+template <typename T>
+void set_all_tops(const Control* controls, const Cloud<T>& rows, const Cloud<T>& columns, int64_t problems) {
+  for (int64_t p = 0; p < problems; ++p)
+    if (pruned(controls[p], rows.of(p), columns.of(p))) set_tops(columns.of(p), T(kLog2e / controls[p].epsilon));
 }
 
 template <typename T>
 void gradient(const Control* controls, const Cloud<T>& all_rows, const Cloud<T>& all_columns, const Ground<T>& ground,
               int64_t problems, T* force, T* mass, Stream) {
   const int64_t size = chunk_rows(all_columns.count, 2 * all_rows.dim), dim = all_rows.dim, count = all_rows.count;
+  set_all_tops(controls, all_rows, all_columns, problems);
   each_chunk(problems, ceil_div(count, size), [&](int64_t problem, int64_t chunk) {
     const Cloud<T> rows = all_rows.of(problem);
     const int64_t first = all_rows.first(problem), begin = chunk * size, end = least(begin + size, rows.count);
     if (begin >= end) return;
     with_cost(ground.cost, [&](auto cost) {
       if constexpr (decltype(cost)::value != Cost::matrix)
-        plan_chunk<decltype(cost)::value, true, T>(controls[problem].epsilon, rows, all_columns.of(problem), ground,
-                                                   begin, end, nullptr, dim, force + first * dim, mass + first);
+        plan_chunk<decltype(cost)::value, true, T>(controls[problem], rows, all_columns.of(problem), ground, begin, end,
+                                                   nullptr, dim, force + first * dim, mass + first);
     });
   });
 }
@@ -746,24 +981,25 @@ template <typename T>
 void transport(const Control* controls, const Cloud<T>& all_rows, const Cloud<T>& all_columns, const Ground<T>& ground,
                int64_t problems, const T* values, int64_t width, T* out, Stream) {
   const int64_t size = chunk_rows(all_columns.count, all_rows.dim + width), count = all_rows.count;
+  set_all_tops(controls, all_rows, all_columns, problems);
   each_chunk(problems, ceil_div(count, size), [&](int64_t problem, int64_t chunk) {
     const Cloud<T> rows = all_rows.of(problem);
     const int64_t begin = chunk * size, end = least(begin + size, rows.count);
     if (begin >= end) return;
     with_cost(ground.cost, [&](auto cost) {
       if constexpr (decltype(cost)::value != Cost::matrix)
-        plan_chunk<decltype(cost)::value, false, T>(controls[problem].epsilon, rows, all_columns.of(problem), ground,
-                                                    begin, end, values + all_columns.first_padded(problem) * width,
-                                                    width, out + all_rows.first(problem) * width, nullptr);
+        plan_chunk<decltype(cost)::value, false, T>(controls[problem], rows, all_columns.of(problem), ground, begin,
+                                                    end, values + all_columns.first_padded(problem) * width, width,
+                                                    out + all_rows.first(problem) * width, nullptr);
     });
   });
 }
 
 template <typename T>
-constexpr Kernels<T> kTable = {1,           false,       columns_size<T>, padded<T>,     scratch_size<T>,
-                               sums_size,   caches,      pack<T>,         costs<T>,      begin_solve,
-                               set_bias<T>, set_cold<T>, pass<T>,         advance_solve, apply<T>,
-                               finished,    report,      gradient<T>,     transport<T>};
+constexpr Kernels<T> kTable = {1,           false,       true,          columns_size<T>, padded<T>,   scratch_size<T>,
+                               sums_size,   caches,      pack<T>,       costs<T>,        begin_solve, set_bias<T>,
+                               set_cold<T>, pass<T>,     advance_solve, apply<T>,        finished,    report,
+                               gradient<T>, transport<T>};
 
 }  // namespace
 

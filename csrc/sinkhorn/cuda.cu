@@ -807,10 +807,10 @@ void transport(const Control* controls, const Cloud<T>& rows, const Cloud<T>& co
 
 template <typename T>
 const Kernels<T>& table() {
-  static constexpr Kernels<T> kernels = {16,          true,        columns_size<T>, padded<T>,     scratch_size<T>,
-                                         sums_size,   nullptr,     pack<T>,         nullptr,       begin_solve,
-                                         set_bias<T>, set_cold<T>, pass<T>,         advance_solve, apply<T>,
-                                         finished,    report,      gradient<T>,     transport<T>};
+  static constexpr Kernels<T> kernels = {
+      16,       true,    false,       columns_size<T>, padded<T>,   scratch_size<T>, sums_size,     nullptr,
+      pack<T>,  nullptr, begin_solve, set_bias<T>,     set_cold<T>, pass<T>,         advance_solve, apply<T>,
+      finished, report,  gradient<T>, transport<T>};
   return kernels;
 }
 

@@ -27,6 +27,20 @@ WGAN_EXT_FORMULA int64_t first_of_padded(int64_t first, int64_t problem, int64_t
   return (first / unit + problem) * unit;
 }
 
+// Pruning: a pass leaves out a tile of rows against a tile of columns whose terms, by the greatest potentials and the
+// least distance of the two, are together below the rounding of the rows' sums. It pays once epsilon is small beside
+// the costs, and points must be ordered for it (order.h).
+constexpr int64_t kTile = 32;             // points
+constexpr int64_t kBoxUnit = 16 * kTile;  // whose boxes are whole vectors
+
+WGAN_EXT_FORMULA bool worth_pruning(double epsilon, double mean_cost, int64_t count, int64_t dim) {
+  constexpr int64_t least_count = 2048, most_dim = 15;
+  constexpr double least_ratio = 24;
+  return count >= least_count && dim >= 1 && dim <= most_dim && least_ratio * epsilon < mean_cost;
+}
+
+WGAN_EXT_FORMULA int64_t box_stride(int64_t count) { return ceil_div(count, kBoxUnit) * (kBoxUnit / kTile); }
+
 // A cloud of `count` weighted points and what a solve keeps for it, for each problem of a batch in turn. All pointers
 // are of T. In a ragged batch, whose problems have points in unlike numbers, the arrays of points lie one problem after
 // the other; the padded ones too, each problem's where `first_padded` says.
@@ -46,6 +60,9 @@ struct Cloud {
   int64_t columns_size, padded, scratch_size;  // of a ragged batch the first and the last are multiples of `padded`
   const int64_t* offsets;                      // [problems + 1] where each problem of a ragged batch begins, else null
   int64_t unit;                                // of padding, where there are offsets
+  T* boxes = nullptr;  // [2 dim + 1, box_stride]: of each tile the middle, the half widths and, for columns, the
+                       // greatest exponent that the pass at hand leaves to distance; null: nothing is left out
+  const T* aligned = nullptr;  // [count] what an exponent has of a point besides its potential and distance (order.h)
 
   // Where the problem's points begin.
   WGAN_EXT_FORMULA int64_t first(int64_t problem) const { return offsets ? offsets[problem] : problem * count; }
@@ -66,6 +83,11 @@ struct Cloud {
     c.potential += begin;
     c.softmin += begin;
     if (c.start) c.start += begin;
+    if (boxes) {
+      c.boxes +=
+          (offsets ? first_of_padded(begin, problem, kBoxUnit) / kTile : problem * box_stride(count)) * (2 * dim + 1);
+      c.aligned += begin;
+    }
     c.bias += begin_padded;
     c.columns += offsets ? begin_padded * (columns_size / padded) : problem * columns_size;
     c.scratch += offsets ? begin_padded * (scratch_size / padded) : problem * scratch_size;
@@ -84,6 +106,7 @@ template <typename T>
 struct Kernels {
   int64_t iterations_per_poll;  // how often `finished` is worth asking
   bool together;                // whether all problems of a batch are best driven at once
+  bool prunes;                  // whether it reads the boxes of clouds; else clouds need none
 
   // Sizes of the arrays above and of a pass's sums, functions of shape alone.
   int64_t (*columns_size)(int64_t count, int64_t dim);

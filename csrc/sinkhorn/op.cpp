@@ -196,16 +196,20 @@ Tensor with_held(const Problem& p, const Tensor& epsilon, const Body& body) {
                    [&](auto scalar) { return body(Solver<decltype(scalar)>(p, target, request)); });
 }
 
+// [B, N, D]
+Tensor gradient(const Problem& p, const Tensor& f, const Tensor& g, const Tensor& epsilon) {
+  return with_held(p, epsilon, [&](auto solver) {
+    const auto [force, mass] = solver.gradient(f, g);
+    if (p.terms.cost != Cost::sqeuclidean) return force;
+    return p.terms.separate() ? 2 * (force + mass.unsqueeze(-1) * p.x.segments.spread(p.shift)) : 2 * force;
+  });
+}
+
 Tensor gradient(const Terms& terms, const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                 const Tensor& f, const Tensor& g, const Tensor& epsilon, const OptionalTensor& offsets_x = {},
-                const OptionalTensor& offsets_y = {}, std::optional<Range> rows = {}) {
+                const OptionalTensor& offsets_y = {}) {
   const Problem p = prepare(terms, x, y, a, b, offsets_x, offsets_y);
-  const Tensor gradient = with_held(p, epsilon, [&](auto solver) {
-    const auto [force, mass] = rows ? solver.gradient(f, g, *rows) : solver.gradient(f, g);
-    if (terms.cost != Cost::sqeuclidean) return force;
-    return terms.separate() ? 2 * (force + mass.unsqueeze(-1) * p.x.segments.spread(p.shift)) : 2 * force;
-  });
-  return given_form(gradient.to(x.scalar_type()), is_batch(x, offsets_x));
+  return given_form(gradient(p, f, g, epsilon).to(x.scalar_type()), is_batch(x, offsets_x));
 }
 
 }  // namespace
@@ -219,11 +223,16 @@ Tensor sinkhorn_gradient(const Tensor& x, const Tensor& y, const OptionalTensor&
                   offsets_y);
 }
 
-// The same of some rows of x. [count, D]
+// The same of some rows of x, which depend on no other. [count, D]
 Tensor gradient_of_rows(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                         const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
                         OptionalNumber rho_x, OptionalNumber rho_y, Range rows) {
-  return gradient(parse_terms("sinkhorn_gradient", cost, power, rho_x, rho_y), x, y, a, b, f, g, epsilon, {}, {}, rows);
+  if (rows.count == 0) return at::zeros({0, x.size(1)}, x.options());
+  Problem p = prepare(parse_terms("sinkhorn_gradient", cost, power, rho_x, rho_y), x, y, a, b);
+  p.x.segments = Segments(1, rows.count);
+  for (Tensor* t : {&p.x.points, &p.x.squares, &p.x.weights, &p.x.log_weights})
+    *t = t->narrow(1, rows.begin, rows.count);
+  return gradient(p, f.narrow(-1, rows.begin, rows.count), g, epsilon).squeeze(0).to(x.scalar_type());
 }
 
 // rho (1 - T) - epsilon (T - mass of the other side), T = exp(-f / rho), double; the arguments go together.

@@ -15,6 +15,7 @@
 #include "../parallel.h"
 #include "../results.h"
 #include "exchange.h"
+#include "order.h"
 #include "problem.h"
 
 namespace wgan_ext::sinkhorn {
@@ -56,10 +57,15 @@ class Solver {
       const Tensor agreed = exchange_->agreed(at::stack({facts_, facts_y_}));
       facts_ = agreed.select(0, 0);
       facts_y_ = agreed.select(0, 1);
+    } else if (kernels_.prunes) {
+      order_x_ = order_of(problem.x, chosen(problem.x, epsilon, start));
+      order_y_ = order_of(problem.y, chosen(problem.y, epsilon, start));
+      problem_.x = arranged(problem.x, order_x_);
+      problem_.y = arranged(problem.y, order_y_);
     }
     if (problem.terms.cost != Cost::matrix) {
-      columns_x_ = pack(problem.x.segments, problem.x.points);
-      columns_y_ = pack(problem.y.segments, problem.y.points);
+      columns_x_ = pack(problem_.x.segments, problem_.x.points);
+      columns_y_ = pack(problem_.y.segments, problem_.y.points);
     }
   }
 
@@ -91,7 +97,8 @@ class Solver {
         kernels_.apply(c, cloud, Role::self, group.count, stream());
       }
     });
-    return finish(side.potential, side.potential, control);
+    const Tensor f = restored(side.potential, m, of_x ? order_x_ : order_y_);
+    return finish(f, f, control);
   }
 
   // x against y from nothing, from given potentials, or from the self terms if that start is the better one.
@@ -102,8 +109,8 @@ class Solver {
                 back_costs =
                     exchange_ ? make_costs(problem_.y, columns_y_, problem_.x, columns_x_, limit, false) : costs;
     const Cost cost = costs.ground.cost, back_cost = back_costs.ground.cost;
-    Side x = make_side(problem_.x, columns_x_, problem_.y, f, cost),
-         y = make_side(problem_.y, columns_y_, problem_.x, g, back_cost);
+    Side x = make_side(problem_.x, columns_x_, problem_.y, start_of(f, problem_.x, order_x_), cost),
+         y = make_side(problem_.y, columns_y_, problem_.x, start_of(g, problem_.y, order_y_), back_cost);
     if (self_x) {
       x.start = at::empty_like(x.potential);
       y.start = at::empty_like(y.potential);
@@ -158,7 +165,7 @@ class Solver {
         rows(Event::rows);
       }
     });
-    return finish(x.potential, y.potential, control);
+    return finish(restored(x.potential, problem_.x, order_x_), restored(y.potential, problem_.y, order_y_), control);
   }
 
   // The forces on x by the plan with y (Kernels::gradient), [B, N, D], and the plan's row sums, [B, N].
@@ -169,25 +176,13 @@ class Solver {
     each_share(held, [&](const Group& group, Control* c, const Cloud<T>& x, const Cloud<T>& y, int64_t first) {
       kernels_.gradient(c, x, y, held.ground, group.count, to_force + first * dim(), to_mass + first, stream());
     });
-    return {force, mass};
-  }
-
-  // The same of some rows of the one problem. [1, count, D], [1, count]
-  std::tuple<Tensor, Tensor> gradient(const Tensor& f, const Tensor& g, Range range) {
-    const Held held = hold(f, g);
-    const Share share = make_share(held.x, problem_.x, problem_.y, range, held.ground.cost);
-    Tensor force = at::empty({1, range.count, dim()}, problem_.x.points.options()),
-           mass = at::empty({1, range.count}, problem_.x.points.options());
-    if (range.count > 0)
-      kernels_.gradient(control_of(held.control), share.rows, held.y.cloud, held.ground, 1,
-                        force.template mutable_data_ptr<T>(), mass.template mutable_data_ptr<T>(), stream());
-    return {force, mass};
+    return {restored(force, problem_.x, order_x_), restored(mass, problem_.x, order_x_)};
   }
 
   // The plan times values [B, M, K]. [B, N, K]
   Tensor transport(const Tensor& f, const Tensor& g, const Tensor& values) {
     const Held held = hold(f, g);
-    const Tensor packed = pack(problem_.y.segments, values);
+    const Tensor packed = pack(problem_.y.segments, arranged(values, problem_.y, order_y_));
     const int64_t width = values.size(-1), packed_width = kernels_.columns_size(1, width) / kernels_.padded(1);
     std::vector<int64_t> shape = problem_.x.weights.sizes().vec();
     shape.push_back(width);
@@ -199,7 +194,7 @@ class Solver {
                          from + held.y.cloud.first_padded(group.first) * packed_width, width, to + first * width,
                          stream());
     });
-    return out;
+    return restored(out, problem_.x, order_x_);
   }
 
   // The softmin over y at the points x. [B, N]
@@ -209,7 +204,7 @@ class Solver {
     const Tensor sums = make_sums(count);
     kernels_.pass(control_of(held.control), held.x.cloud, held.y.cloud, held.ground, Role::rows, problem_.problems(),
                   static_cast<Sums*>(sums.mutable_data_ptr()), stream());
-    return held.x.softmin;
+    return restored(held.x.softmin, problem_.x, order_x_);
   }
 
  private:
@@ -217,6 +212,7 @@ class Solver {
 
   struct Side {
     Tensor potential, softmin, start, bias, scratch;
+    Tiles tiles;
     Cloud<T> cloud;
   };
 
@@ -366,6 +362,22 @@ class Solver {
     return c;
   }
 
+  // The problems whose points are to be ordered. [B]
+  std::vector<bool> chosen(const Measure& m, const Tensor& epsilon, const Tensor& mean_cost) const {
+    std::vector<bool> c;
+    for (int64_t p = 0; p < problem_.problems(); ++p)
+      c.push_back(problem_.terms.cost != Cost::matrix &&
+                  worth_pruning(epsilon.const_data_ptr<double>()[p], mean_cost.const_data_ptr<double>()[p],
+                                m.segments.count(p), dim()));
+    return c;
+  }
+
+  // A potential in the user's order as a side starts from it.
+  static OptionalTensor start_of(const OptionalTensor& potential, const Measure& m, const Tensor& order) {
+    if (!potential) return std::nullopt;
+    return arranged(potential->reshape(m.weights.sizes()), m, order);
+  }
+
   int64_t sums_size(const Cloud<T>& rows, const Cloud<T>& columns, Cost cost) const {
     return kernels_.sums_size(rows.count, columns.count, dim(), cost);
   }
@@ -409,18 +421,19 @@ class Solver {
                scratch,
                m.segments.offsets(),
                kernels_.padded(1)};
+    if (order_x_.defined() || order_y_.defined()) {
+      s.tiles = tiles_of(m, other, problem_.terms.cost);
+      s.cloud.boxes = s.tiles.boxes.template mutable_data_ptr<T>();
+      s.cloud.aligned = s.tiles.aligned.template const_data_ptr<T>();
+    }
     return s;
   }
 
   Share make_share(const Side& side, const Measure& m, const Measure& other, bool of_x, Cost cost) const {
     if (!exchange_) return {{}, {}, side.cloud};
-    return make_share(side, m, other, exchange_->rows(of_x), cost);
-  }
-
-  Share make_share(const Side& side, const Measure& m, const Measure& other, Range range, Cost cost) const {
     Share s{{}, {}, side.cloud};
     Cloud<T>& rows = s.rows;
-    const auto [begin, count] = range;
+    const auto [begin, count] = exchange_->rows(of_x);
     rows.points += begin * dim();
     rows.squares += begin;
     rows.weights += begin;
@@ -454,8 +467,8 @@ class Solver {
   Held hold(const Tensor& f, const Tensor& g) const {
     Held held;
     held.ground = ground();
-    held.x = make_side(problem_.x, columns_x_, problem_.y, f, held.ground.cost);
-    held.y = make_side(problem_.y, columns_y_, problem_.x, g, held.ground.cost);
+    held.x = make_side(problem_.x, columns_x_, problem_.y, start_of(f, problem_.x, order_x_), held.ground.cost);
+    held.y = make_side(problem_.y, columns_y_, problem_.x, start_of(g, problem_.y, order_y_), held.ground.cost);
     held.control = make_control();
     Control* c = control_of(held.control);
     const Group all{0, problem_.problems(), true};
@@ -477,13 +490,14 @@ class Solver {
     return {f, g, facts, control, converged};
   }
 
-  const Problem& problem_;
+  Problem problem_;  // in the order of its tiles where that differs from the user's, which is that of all results
   const Exchange* exchange_;
   const Kernels<T>& kernels_;
   DeviceScope scope_;
   int64_t memory_limit_;
   Options options_{};
-  Tensor facts_, facts_y_;  // [B, 4] of a pass over x, over y
+  Tensor facts_, facts_y_;    // [B, 4] of a pass over x, over y
+  Tensor order_x_, order_y_;  // undefined where it is the user's
   Tensor columns_x_, columns_y_;
 };
 
