@@ -30,7 +30,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 CLANG_FORMAT = $(LINT_PY) -c "import clang_format; clang_format.clang_format()"
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help train test bench lint format build clean
+.PHONY: help train test mutants bench lint format build clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
@@ -39,6 +39,9 @@ train: build  ## set up, then train a WGAN-GP on handwritten digits (ARGS="--dat
 
 test: build  ## set up, then run the tests (ARGS="-k spectral" to choose)
 	$(PY) -m pytest $(ARGS)
+
+mutants: $(READY)  ## seed faults into the CUDA sources and demand that the tests find each (minutes; ARGS="spectral")
+	$(PY) tests/cuda_on_cpu/mutants.py $(ARGS)
 
 bench: build  ## measure against PyTorch and the peers that are installed; tables of ratios and JSON
 	$(PY) benchmarks/report.py --run $(ARGS)

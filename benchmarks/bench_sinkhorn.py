@@ -257,5 +257,44 @@ def test_batch_of_divergences_and_gradient(
     )
 
 
+@pytest.mark.parametrize(("problems", "most", "dim"), [(64, 512, 3), (64, 512, 64), (4096, 64, 3)])
+def test_ragged_batch_and_gradient(
+    problems: int, most: int, dim: int, contest: Callable[..., None], device: torch.device
+) -> None:
+    counts = torch.randint(most // 32, most + 1, (2, problems))
+    offsets = [torch.cat([c.new_zeros(1), c.cumsum(0)]) for c in counts]
+    points = [torch.rand(int(c.sum()), dim, device=device) / dim**0.5 for c in counts]
+    points[0].requires_grad_()
+    epsilon, tol = 0.02, 1e-2
+
+    def gradient(value: Tensor, x: Tensor) -> object:
+        return value, torch.autograd.grad(value.sum(), x)[0]
+
+    def ours() -> Any:
+        cuts = offsets[0], offsets[1]
+        return gradient(sinkhorn_divergence(points[0], points[1], offsets=cuts, epsilon=epsilon, tol=tol), points[0])
+
+    clouds = [list(p.detach().tensor_split(cuts[1:-1])) for p, cuts in zip(points, offsets, strict=True)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    x, y = (pad(c, batch_first=True) for c in clouds)
+    a, b = (pad([torch.full((len(t),), 1 / len(t), device=device) for t in c], batch_first=True) for c in clouds)
+    x.requires_grad_()
+    alone = [(p.requires_grad_(), q) for p, q in zip(*clouds, strict=True)]
+
+    def padded() -> Any:
+        return gradient(sinkhorn_divergence(x, y, a, b, epsilon=epsilon, tol=tol), x)
+
+    def loop() -> list[object]:
+        return [gradient(sinkhorn_divergence(p, q, epsilon=epsilon, tol=tol), p) for p, q in alone]
+
+    assert torch.allclose(ours()[0], padded()[0], rtol=1e-3, atol=1e-6)
+    contestants: dict[str, Callable[[], object]] = {"wgan_ext": ours, "padded": padded}
+    if problems <= 64:
+        contestants["one by one"] = loop
+    contest(
+        f"{problems} Sinkhorn divergences and gradient, {most // 32} to {most} points, D={dim}, float32", contestants
+    )
+
+
 def batch_softmin(C: Tensor, potential: Tensor, epsilon: float) -> Tensor:
     return -epsilon * (((potential[:, None] - C) / epsilon).logsumexp(2) - torch.tensor(float(C.shape[2])).log())

@@ -69,13 +69,13 @@ TORCH_LIBRARY(wgan_ext, m) {
   m.def("spectral_norm_fold_(Tensor(c) weight, Tensor(a!) u, Tensor(b!) v, int dim, int n_power_iterations, float eps, bool v_first) -> (Tensor(c) weight, Tensor sigma)");
   m.def("spectral_norm_(Tensor weight, Tensor(a!) u, Tensor(b!) v, int dim, int n_power_iterations, float eps, bool v_first, float target, bool shrink_only) -> Tensor");
   // sinkhorn
-  m.def("sinkhorn(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
-  m.def("sinkhorn_divergence(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit) -> (Tensor value, Tensor f, Tensor g, Tensor self_x, Tensor self_y, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
+  m.def("sinkhorn(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit, Tensor? f, Tensor? g, Tensor? offsets_x, Tensor? offsets_y) -> (Tensor value, Tensor f, Tensor g, Tensor centred_f, Tensor centred_g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
+  m.def("sinkhorn_divergence(Tensor x, Tensor y, Tensor? a, Tensor? b, str cost, float power, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, int memory_limit, Tensor? offsets_x, Tensor? offsets_y) -> (Tensor value, Tensor f, Tensor g, Tensor self_x, Tensor self_y, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
   m.def("sinkhorn_matrix(Tensor C, Tensor? a, Tensor? b, float? rho_x, float? rho_y, float? epsilon, float? scaling, float tol, int max_iter, float? relaxation, Tensor? f, Tensor? g) -> (Tensor value, Tensor f, Tensor g, Tensor marginal_error, Tensor iterations, Tensor converged, Tensor epsilon)");
-  m.def("sinkhorn_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> Tensor");
-  m.def("sinkhorn_weight_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> Tensor");
+  m.def("sinkhorn_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y, Tensor? offsets_x, Tensor? offsets_y) -> Tensor");
+  m.def("sinkhorn_weight_gradient(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y, Tensor? offsets_x, Tensor? offsets_y) -> Tensor");
   m.def("sinkhorn_matrix_gradient(Tensor C, Tensor? a, Tensor? b, Tensor f, Tensor g, Tensor epsilon) -> Tensor");
-  m.def("sinkhorn_transport(Tensor values, Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y) -> Tensor");
+  m.def("sinkhorn_transport(Tensor values, Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor centred_f, Tensor centred_g, Tensor epsilon, str cost, float power, float? rho_x, float? rho_y, Tensor? offsets_x, Tensor? offsets_y) -> Tensor");
   m.def("sinkhorn_softmin(Tensor x, Tensor y, Tensor? b, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
   m.def("sinkhorn_softmin_gradient(Tensor x, Tensor y, Tensor? b, Tensor f, Tensor g, Tensor epsilon, str cost, float power) -> Tensor");
   // clang-format on
@@ -112,16 +112,16 @@ PYBIND11_MODULE(_C, m) {
   using OptionalNumber = std::optional<double>;
   Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, double, OptionalNumber,
                  OptionalNumber, OptionalNumber, OptionalNumber, double, int64_t, OptionalNumber, int64_t,
-                 OptionalTensor, OptionalTensor)>::bind(m, "sinkhorn");
+                 OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor)>::bind(m, "sinkhorn");
   Entry<Tensors9(const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, std::string_view, double, OptionalNumber,
-                 OptionalNumber, OptionalNumber, OptionalNumber, double, int64_t, OptionalNumber,
-                 int64_t)>::bind(m, "sinkhorn_divergence");
+                 OptionalNumber, OptionalNumber, OptionalNumber, double, int64_t, OptionalNumber, int64_t,
+                 OptionalTensor, OptionalTensor)>::bind(m, "sinkhorn_divergence");
   Entry<Tensors7(const Tensor&, OptionalTensor, OptionalTensor, OptionalNumber, OptionalNumber, OptionalNumber,
                  OptionalNumber, double, int64_t, OptionalNumber, OptionalTensor,
                  OptionalTensor)>::bind(m, "sinkhorn_matrix");
   Entry<Tensor(const Tensor&, const Tensor&, const Tensor&, OptionalTensor, OptionalTensor, const Tensor&,
-               const Tensor&, const Tensor&, std::string_view, double, OptionalNumber,
-               OptionalNumber)>::bind(m, "sinkhorn_transport");
+               const Tensor&, const Tensor&, std::string_view, double, OptionalNumber, OptionalNumber, OptionalTensor,
+               OptionalTensor)>::bind(m, "sinkhorn_transport");
   Entry<Tensor(const Tensor&, const Tensor&, OptionalTensor, const Tensor&, const Tensor&, std::string_view,
                double)>::bind(m, "sinkhorn_softmin");
 

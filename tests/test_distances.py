@@ -294,3 +294,20 @@ def test_w_errors_name_the_argument() -> None:
         wasserstein_1d(x, x, torch.tensor([1.0, -1.0, 1.0]))
     with pytest.raises(ValueError, match="wasserstein_1d: b must have positive mass"):
         wasserstein_1d(x, x, b=torch.zeros(3))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_both_sorts_give_the_same(p: float, weighted: bool) -> None:
+    x, y = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
+    weights = (torch.rand(50), torch.rand(50)) if weighted else ()
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        return wasserstein_1d(x, y, *weights, p=p)
+
+    want = distance(x, y)  # by NumPy, with the order
+    assert torch.equal(want, distance(x.detach(), y))  # without
+    traced = torch.compile(distance, backend="aot_eager", fullgraph=True)(x, y)  # by torch
+    assert torch.allclose(traced, want, rtol=1e-6)
+    (gradient,), (other,) = (torch.autograd.grad(value.sum(), x) for value in (want, traced))
+    assert torch.allclose(gradient, other, rtol=1e-5, atol=1e-8)

@@ -148,21 +148,26 @@ def sinkhorn_points(device: torch.device) -> tuple[torch.Tensor, ...]:
     return x, y, a, torch.full((5,), 0.2, device=device)
 
 
+# Of seven and five points, cut into three problems.
+OFFSETS = torch.tensor([0, 1, 4, 7]), torch.tensor([0, 3, 4, 5])
+
+
 def sinkhorn_samples(device: torch.device) -> list[tuple[Any, ...]]:
     x, y, a, b = sinkhorn_points(device)
     options = (0.3, 0.5, 1e-3, 200, None, 0)
     batch = [t.detach().expand(2, *t.shape) for t in (x, y, a, b)]
     zeros = torch.zeros(7, device=device), torch.zeros(5, device=device)
     return [
-        (x, y, a, b, "sqeuclidean", 2.0, None, None, *options, None, None),
-        (x, y, None, None, "euclidean", 1.0, None, None, *options, *zeros),
-        (x, y, a, 2 * b, "power", 1.5, 1.0, 2.0, *options, None, None),
-        (*batch, "l1", 1.0, None, None, *options, None, None),
+        (x, y, a, b, "sqeuclidean", 2.0, None, None, *options, None, None, None, None),
+        (x, y, None, None, "euclidean", 1.0, None, None, *options, *zeros, None, None),
+        (x, y, a, 2 * b, "power", 1.5, 1.0, 2.0, *options, None, None, None, None),
+        (*batch, "l1", 1.0, None, None, *options, None, None, None, None),
+        (x, y, a, b, "sqeuclidean", 2.0, 1.0, None, *options, *zeros, *OFFSETS),
     ]
 
 
 def sinkhorn_divergence_samples(device: torch.device) -> list[tuple[Any, ...]]:
-    return [sample[:14] for sample in sinkhorn_samples(device)]
+    return [(*sample[:14], *sample[16:]) for sample in sinkhorn_samples(device)]
 
 
 def sinkhorn_matrix_samples(device: torch.device) -> list[tuple[Any, ...]]:
@@ -179,15 +184,22 @@ def sinkhorn_held(device: torch.device) -> tuple[Any, ...]:
 
 
 TERMS = ("sqeuclidean", 2.0, None, None)
+SOFT = ("sqeuclidean", 2.0, 1.0, None)
+EPSILONS = torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64)
 
 
 def sinkhorn_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
-    return [(*sinkhorn_held(device), *TERMS)]
+    *held, epsilon = sinkhorn_held(device)
+    return [(*held, epsilon, *TERMS, None, None), (*held, EPSILONS.to(device), *SOFT, *OFFSETS)]
 
 
 def sinkhorn_weight_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
     x, y, a, b, f, _, epsilon = sinkhorn_held(device)
-    return [(x, y, a, b, f, epsilon, *TERMS), (x, y, a, b, f, epsilon, "euclidean", 1.0, 1.0, None)]
+    return [
+        (x, y, a, b, f, epsilon, *TERMS, None, None),
+        (x, y, a, b, f, epsilon, "euclidean", 1.0, 1.0, None, None, None),
+        (x, y, a, b, f, EPSILONS.to(device), *SOFT, *OFFSETS),
+    ]
 
 
 def sinkhorn_matrix_gradient_samples(device: torch.device) -> list[tuple[Any, ...]]:
@@ -197,7 +209,8 @@ def sinkhorn_matrix_gradient_samples(device: torch.device) -> list[tuple[Any, ..
 
 def sinkhorn_transport_samples(device: torch.device) -> list[tuple[Any, ...]]:
     values = torch.rand(5, 3, device=device, requires_grad=True)
-    return [(values, *sinkhorn_held(device), *TERMS)]
+    *held, epsilon = sinkhorn_held(device)
+    return [(values, *held, epsilon, *TERMS, None, None), (values, *held, EPSILONS.to(device), *SOFT, *OFFSETS)]
 
 
 def sinkhorn_softmin_samples(device: torch.device) -> list[tuple[Any, ...]]:

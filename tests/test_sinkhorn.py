@@ -290,8 +290,8 @@ def test_self_terms_start_the_cross_term_where_that_is_better(device: torch.devi
     x = torch.rand(500, 2, device=device)
     y = x + 0.003 * torch.randn(500, 2, device=device)
     options = ("sqeuclidean", 2.0, None, None, 0.01, 0.5, 1e-4, 5000, 1.0, 0)
-    scaled = _ops.sinkhorn(x, y, None, None, *options, None, None)[6]
-    started = _ops.sinkhorn_divergence(x, y, None, None, *options)[6]
+    scaled = _ops.sinkhorn(x, y, None, None, *options, None, None, None, None)[6]
+    started = _ops.sinkhorn_divergence(x, y, None, None, *options, None, None)[6]
     assert started < scaled / 2
 
 

@@ -107,6 +107,8 @@ def sinkhorn(
     memory_limit: int,
     f: Tensor | None,
     g: Tensor | None,
+    offsets_x: Tensor | None,
+    offsets_y: Tensor | None,
 ) -> tuple[Tensor, ...]: ...
 def sinkhorn_divergence(
     x: Tensor,
@@ -123,6 +125,8 @@ def sinkhorn_divergence(
     max_iter: int,
     relaxation: float | None,
     memory_limit: int,
+    offsets_x: Tensor | None,
+    offsets_y: Tensor | None,
 ) -> tuple[Tensor, ...]: ...
 def sinkhorn_matrix(
     C: Tensor,
@@ -151,6 +155,8 @@ def sinkhorn_transport(
     power: float,
     rho_x: float | None,
     rho_y: float | None,
+    offsets_x: Tensor | None,
+    offsets_y: Tensor | None,
 ) -> Tensor: ...
 def sinkhorn_softmin(
     x: Tensor, y: Tensor, b: Tensor | None, g: Tensor, epsilon: Tensor, cost: str, power: float

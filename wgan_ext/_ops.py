@@ -155,6 +155,8 @@ def _(grad: Tensor | None, grad_sigma: Tensor | None, weight: Tensor, *rest: Any
 
 
 # sinkhorn
+
+# The last two arguments of most are the offsets of a ragged batch (segments.py), on the CPU, or None.
 sinkhorn = _operator("sinkhorn")
 sinkhorn_divergence = _operator("sinkhorn_divergence")
 sinkhorn_matrix = _operator("sinkhorn_matrix")
@@ -169,17 +171,18 @@ def _sinkhorn_type(x: Tensor) -> torch.dtype:
 
 @_register_fake("wgan_ext::sinkhorn")
 def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    value, *rest = _sinkhorn_result(x, y)
+    value, *rest = _sinkhorn_result(x, y, options[-1])
     return (value.double(), *rest)
 
 
 @_register_fake("wgan_ext::sinkhorn_divergence")
 def _(x: Tensor, y: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    return _sinkhorn_result(x, y)
+    return _sinkhorn_result(x, y, options[-1])
 
 
-def _sinkhorn_result(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    value = x.new_empty(x.shape[:-2], dtype=_sinkhorn_type(x))
+def _sinkhorn_result(x: Tensor, y: Tensor, offsets: Tensor | None) -> tuple[Tensor, ...]:
+    batch = x.shape[:-2] if offsets is None else (offsets.shape[0] - 1,)
+    value = x.new_empty(batch, dtype=_sinkhorn_type(x))
     f, g = value.new_empty(x.shape[:-1]), value.new_empty(y.shape[:-1])
     return (value, f, g, f.clone(), g.clone(), *_sinkhorn_facts(value))
 
@@ -224,13 +227,19 @@ for _name in ("sinkhorn", "sinkhorn_divergence", "sinkhorn_matrix", "sinkhorn_tr
         torch.library.register_autocast(f"wgan_ext::{_name}", _device, torch.float32)
 
 
-def _sinkhorn_vmap(operator: Any, tensors: tuple[int, ...], dims: tuple[int, ...]) -> Callable[..., Any]:
+def _sinkhorn_vmap(name: str, tensors: tuple[int, ...], dims: tuple[int, ...], ragged: bool) -> Callable[..., Any]:
     """Return the rule of an operator that solves a batch: the mapped dimension becomes the batch, or part of it.
 
-    ``tensors`` are the places of the operator's tensors, ``dims`` their dimensions without a batch.
+    ``tensors`` are the places of the operator's tensors, ``dims`` their dimensions without a batch; ``ragged``: its
+    last two arguments are offsets.
     """
+    operator = getattr(torch.ops.wgan_ext, name).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if ragged and (args[-1] is not None or args[-2] is not None):
+            raise NotImplementedError(
+                f"{name}: vmap of a ragged batch is not implemented; put all problems in one ragged batch"
+            )
         size, moved, batch = info.batch_size, list(args), None
         for place, dim in zip(tensors, dims, strict=True):
             t = args[place]
@@ -250,10 +259,9 @@ def _sinkhorn_vmap(operator: Any, tensors: tuple[int, ...], dims: tuple[int, ...
     return rule
 
 
-for _name, _tensors, _dims in (
-    ("sinkhorn", (0, 1, 2, 3, 14, 15), (2, 2, 1, 1, 1, 1)),
-    ("sinkhorn_divergence", (0, 1, 2, 3), (2, 2, 1, 1)),
-    ("sinkhorn_matrix", (0, 1, 2, 10, 11), (2, 1, 1, 1, 1)),
+for _name, _tensors, _dims, _ragged in (
+    ("sinkhorn", (0, 1, 2, 3, 14, 15), (2, 2, 1, 1, 1, 1), True),
+    ("sinkhorn_divergence", (0, 1, 2, 3), (2, 2, 1, 1), True),
+    ("sinkhorn_matrix", (0, 1, 2, 10, 11), (2, 1, 1, 1, 1), False),
 ):
-    _rule = _sinkhorn_vmap(getattr(torch.ops.wgan_ext, _name).default, _tensors, _dims)
-    torch.library.register_vmap(f"wgan_ext::{_name}", _rule)
+    torch.library.register_vmap(f"wgan_ext::{_name}", _sinkhorn_vmap(_name, _tensors, _dims, _ragged))

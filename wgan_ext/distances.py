@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._checks import accumulation_dtype, check_floating, check_number, values_are_checked
+from ._transforms import transformed
 
 __all__ = ["js_divergence", "wasserstein_1d"]
 
@@ -104,8 +106,7 @@ def wasserstein_1d(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | No
 
 def _uniform(x: Tensor, y: Tensor, p: float) -> Tensor:
     """W_p of samples of equal weights: the i-th faces the i-th, or, if N != M, over the steps of both quantiles."""
-    x, _ = _sorted("x", x)
-    y, _ = _sorted("y", y)
+    x, y = _sorted_values("x", x), _sorted_values("y", y)
     n, m = x.shape[-1], y.shape[-1]
     if n == m:
         return _power_mean(x - y, None, p)
@@ -152,11 +153,37 @@ def _power_mean(difference: Tensor, weights: Tensor | None, p: float) -> Tensor:
 
 
 def _sorted(name: str, points: Tensor) -> tuple[Tensor, Tensor]:
-    values, order = points.sort(-1)
+    """The points in order, and the order."""
+    if _numpy_can_sort(points):
+        order = torch.from_numpy(np.argsort(points.detach().numpy(), -1))
+        values = points.gather(-1, order)
+    else:
+        values, order = points.sort(-1)
+    _check_sorted(name, values)
+    return values, order
+
+
+def _sorted_values(name: str, points: Tensor) -> Tensor:
+    """The points in order."""
+    if (torch.is_grad_enabled() and points.requires_grad) or not _numpy_can_sort(points):
+        return _sorted(name, points)[0]
+    values = torch.from_numpy(np.sort(points.detach().numpy(), -1))
+    _check_sorted(name, values)
+    return values
+
+
+def _numpy_can_sort(points: Tensor) -> bool:
+    """Whether NumPy may do it: 10^6 floats take it 3 ms, their order 19; torch's sort, which makes both, 70."""
+    plain = type(points) in (Tensor, torch.nn.Parameter) and points.device.type == "cpu"
+    if not plain or torch.compiler.is_compiling() or transformed():
+        return False
+    return torch._C._get_tracing_state() is None and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _check_sorted(name: str, values: Tensor) -> None:
     # NaN is sorted last and infinities to the ends, so the ends answer for all.
     if values_are_checked(values) and not values.detach()[..., [0, -1]].isfinite().all():
         raise ValueError(f"wasserstein_1d: {name} must be finite")
-    return values, order
 
 
 def _distribution(function: str, name: str, weights: Tensor) -> Tensor:

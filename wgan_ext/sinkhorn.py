@@ -21,6 +21,7 @@ from . import _ops
 from ._checks import check_device, check_floating_tensor, check_number, check_type
 from ._transforms import refuse_derivatives
 from .ground import Cost, Ground, ground
+from .segments import Offsets, flattened, integral
 from .transport import MatrixPlan, PointPlan, TransportPlan
 
 __all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_divergence", "sinkhorn_matrix"]
@@ -35,7 +36,8 @@ MEMORY_LIMIT = 1 << 30
 class SinkhornResult:
     """What a solve returns, as tensors on the device of the points: reading one in Python waits for the device.
 
-    Shapes are those of one problem; a batch has its dimension in front of each.
+    Shapes are those of one problem; a batch has its dimension in front of each. In a ragged batch f and g, like x and
+    y, hold one problem after the other.
     """
 
     value: Tensor
@@ -64,6 +66,7 @@ def sinkhorn(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    offsets: Offsets = None,
     cost: Cost = "sqeuclidean",
     epsilon: float | None = None,
     reach: Reach = None,
@@ -77,7 +80,12 @@ def sinkhorn(
     """Entropic optimal transport cost of x, shape (N, D), with weights a, to y, shape (M, D), with weights b.
 
     Points of shapes (B, N, D) and (B, M, D) are a batch of B problems, solved in one call and stopped one by one.
-    Clouds of unlike sizes make a batch when they are padded with points of weight 0.
+    Clouds of unlike sizes make a ragged batch: all points of x one problem after the other, shape (sum of N, D), the
+    same of y, and ``offsets``, a pair of int64 tensors of shape (B + 1,) that rise from 0 to the number of points:
+    problem p has the points ``x[offsets[0][p]:offsets[0][p + 1]]``, and of y those of ``offsets[1]``. Weights,
+    potentials and ``init`` then have shapes (sum of N,) and (sum of M,), and ``result.plan[p]`` is the plan of one
+    problem. Offsets are read on the CPU: those of another device are copied there, which waits for it. Nested tensors
+    of layout torch.jagged bring their own.
 
     ``a`` and ``b``, shapes (N,) and (M,), or (B, N) and (B, M), are not negative; 1/N and 1/M by default. ``cost`` is
     "sqeuclidean", |x-y|^2 (no half); "half_sqeuclidean"; "euclidean", |x-y|; "l1"; "cosine", 1 - cos(x, y); "dot",
@@ -105,24 +113,26 @@ def sinkhorn(
     are not finite; TypeError for dtypes; NotImplementedError for a second derivative, and for ``reach`` with "dot".
     """
     function = "sinkhorn"
+    x, y, a, b, cuts = flattened(function, x, y, a, b, offsets)
     factor = _check(function, x, y, a, b, epsilon, scaling, tol, max_iter, relaxation, memory_limit)
     _check_init(function, init, x)
     f, g = (None, None) if init is None else init
     if callable(cost):
+        _refuse_ragged(function, cuts)
         options = Options(epsilon, reach, scaling, tol, max_iter, factor)
         return _solve_matrix(function, _costs(function, cost, x, y), a, b, options, (f, g), (x.detach(), y.detach()))
     space = ground(function, cost)
     rho_x, rho_y = _rho(function, reach, space)
     a, b = _batch_weights(x, a), _batch_weights(y, b)
-    offsets = None if space.offset is None else (space.offset(x), space.offset(y))
-    if offsets is not None and f is not None and g is not None:
-        _check_shape(function, "init f", f, offsets[0].shape)
-        _check_shape(function, "init g", g, offsets[1].shape)
-        f, g = f + offsets[0].detach(), g + offsets[1].detach()
+    absorbed = None if space.offset is None else (space.offset(x), space.offset(y))
+    if absorbed is not None and f is not None and g is not None:
+        _check_shape(function, "init f", f, absorbed[0].shape)
+        _check_shape(function, "init g", g, absorbed[1].shape)
+        f, g = f + absorbed[0].detach(), g + absorbed[1].detach()
     points = space.points(x), space.points(y)
     value, f, g, centred_f, centred_g, marginal_error, iterations, converged, used = _ops.sinkhorn(
         *points, a, b, space.operator, space.power, rho_x, rho_y, epsilon, scaling, tol, max_iter, factor, memory_limit,
-        f, g,
+        f, g, *cuts,
     )  # fmt: skip
     plan = PointPlan(
         points=(points[0].detach(), points[1].detach()),
@@ -133,10 +143,11 @@ def sinkhorn(
         ground=space,
         rho=(rho_x, rho_y),
         ends=(x.detach(), y.detach()),
+        offsets=cuts,
     )
-    if offsets is not None:
-        value = value - sum(_integral(offset, w) for offset, w in zip(offsets, (a, b), strict=True))
-        f, g = ((t - offset.detach()).to(t.dtype) for t, offset in zip((f, g), offsets, strict=True))
+    if absorbed is not None:
+        value = value - sum(integral(*each) for each in zip(absorbed, (a, b), cuts, strict=True))
+        f, g = ((t - offset.detach()).to(t.dtype) for t, offset in zip((f, g), absorbed, strict=True))
     value = value.to(f.dtype)
     return SinkhornResult(value, f, g, marginal_error, iterations, converged, used, plan)
 
@@ -147,6 +158,7 @@ def sinkhorn_divergence(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    offsets: Offsets = None,
     cost: Cost = "sqeuclidean",
     epsilon: float | None = None,
     reach: Reach = None,
@@ -165,8 +177,10 @@ def sinkhorn_divergence(
     not negative at convergence; stopped at ``tol`` it can fall below zero by the error of its terms.
     """
     function = "sinkhorn_divergence"
+    x, y, a, b, cuts = flattened(function, x, y, a, b, offsets)
     factor = _check(function, x, y, a, b, epsilon, scaling, tol, max_iter, relaxation, memory_limit)
     if callable(cost):
+        _refuse_ragged(function, cuts)
         if epsilon is None:
             raise ValueError(f"{function}: a cost given by a function needs an epsilon, one for the three terms")
 
@@ -184,7 +198,7 @@ def sinkhorn_divergence(
     rho_x, rho_y = _rho(function, reach, space)
     value: Tensor = _ops.sinkhorn_divergence(
         space.points(x), space.points(y), _batch_weights(x, a), _batch_weights(y, b), space.operator, space.power,
-        rho_x, rho_y, epsilon, scaling, tol, max_iter, factor, memory_limit,
+        rho_x, rho_y, epsilon, scaling, tol, max_iter, factor, memory_limit, *cuts,
     )[0]  # fmt: skip
     return value
 
@@ -307,8 +321,12 @@ def _detached(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
 
 
-def _integral(values: Tensor, weights: Tensor | None) -> Tensor:
-    return values.mean(-1) if weights is None else (values * weights).sum(-1)
+def _refuse_ragged(function: str, offsets: tuple[Tensor | None, Tensor | None]) -> None:
+    if offsets[0] is not None:
+        raise NotImplementedError(
+            f"{function}: a cost given by a function is not implemented for ragged batches; name the cost, or solve "
+            "the problems one by one"
+        )
 
 
 def _check(

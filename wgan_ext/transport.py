@@ -27,6 +27,9 @@ BLOCK_BYTES = 1 << 26
 class TransportPlan(abc.ABC):
     """The plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon) of a solve, shape (N, M), or (B, N, M) for a batch.
 
+    That of a ragged batch has the shape (sum of N, sum of M), the plans of its problems on its diagonal. ``plan[i]`` is
+    the plan of one problem of a batch.
+
     Its entries are computed as they are used, in memory that grows with N + M. All is detached from the points, costs
     and weights of the solve.
     """
@@ -39,7 +42,8 @@ class TransportPlan(abc.ABC):
     """Shape ()."""
     ends: tuple[Tensor | None, Tensor | None]
     """The points that mass is moved from and to, shapes (N, D) and (M, D), where they are known."""
-    _pairs: ClassVar[tuple[str, ...]] = ("weights", "potentials", "ends")
+    _tensors: ClassVar[tuple[str, ...]] = ("weights", "potentials", "ends")
+    _pairs: ClassVar[tuple[str, ...]] = _tensors
 
     @property
     def shape(self) -> torch.Size:
@@ -55,12 +59,25 @@ class TransportPlan(abc.ABC):
         changes: dict[str, Any] = {name: getattr(self, name)[::-1] for name in self._pairs}
         return dataclasses.replace(self, **changes)
 
+    def __getitem__(self, problem: int) -> Self:
+        """The plan of one problem of a batch."""
+        if self.epsilon.dim() == 0:
+            raise TypeError("TransportPlan: this is the plan of one problem, which has no problems to choose from")
+        problem = range(self.epsilon.shape[0])[problem]
+        changes: dict[str, Any] = {}
+        for name in self._tensors:
+            x, y = getattr(self, name)
+            changes[name] = self._part(problem, 0, x), self._part(problem, 1, y)
+        return dataclasses.replace(self, epsilon=self.epsilon[problem], **changes)
+
     def __matmul__(self, values: Tensor) -> Tensor:
         """P times values: see :meth:`times`."""
         return self.times(values)
 
     def times(self, values: Tensor) -> Tensor:
         """P times values, shape (M,) or (M, K), for a batch (B, M) or (B, M, K); differentiable in them.
+
+        For a ragged batch shapes are (sum of M,) or (sum of M, K).
 
         ``plan @ values`` is the same, but torch.compile knows no operators of classes.
         """
@@ -86,6 +103,7 @@ class TransportPlan(abc.ABC):
 
     def rows(self, begin: int, end: int) -> Tensor:
         """The entries of the rows from begin to end, shape (end - begin, M), by way of float64."""
+        self._refuse_ragged("rows")
         if not 0 <= begin < end <= self.shape[-2]:
             raise ValueError(f"TransportPlan: rows must be a range within 0 and {self.shape[-2]}, got {begin}, {end}")
         f, g = (t.double() for t in self._balanced())
@@ -98,6 +116,7 @@ class TransportPlan(abc.ABC):
 
     def dense(self, limit: int = 1 << 28) -> Tensor:
         """The matrix, shape (N, M); ValueError if it has more than ``limit`` entries."""
+        self._refuse_ragged("dense")
         if self.shape.numel() > limit:
             raise ValueError(
                 f"TransportPlan: the matrix has {self.shape.numel()} entries, more than the limit of {limit}; take "
@@ -122,6 +141,7 @@ class TransportPlan(abc.ABC):
 
     def argmax(self) -> Tensor:
         """The column of the largest entry of each row, shape (N,), int64: a hard assignment."""
+        self._refuse_ragged("argmax")
         return torch.cat([block.argmax(-1) for block in self._blocks()], -1)
 
     def potential(self, points: Tensor) -> Tensor:
@@ -138,6 +158,13 @@ class TransportPlan(abc.ABC):
         size = max(1, BLOCK_BYTES // (8 * self.shape[:-2].numel() * self.shape[-1]))
         for begin in range(0, self.shape[-2], size):
             yield self.rows(begin, min(begin + size, self.shape[-2]))
+
+    def _part(self, problem: int, side: int, t: Tensor | None) -> Tensor | None:
+        """One problem's part of a side's tensor."""
+        return None if t is None else t[problem]
+
+    def _refuse_ragged(self, method: str) -> None:  # noqa: B027  # most plans have no ragged batches
+        """Raise NotImplementedError for the plan of a ragged batch."""
 
     @abc.abstractmethod
     def _product(self, values: Tensor) -> Tensor: ...
@@ -161,11 +188,19 @@ class PointPlan(TransportPlan):
     ground: Ground
     rho: tuple[float | None, float | None]
     """Weights of the penalties on the marginals; None where they are kept."""
+    offsets: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Where the problems of a ragged batch begin and end, shape (B + 1,), on the CPU."""
 
-    _pairs: ClassVar[tuple[str, ...]] = (*TransportPlan._pairs, "points", "centred", "rho")
+    _tensors: ClassVar[tuple[str, ...]] = (*TransportPlan._tensors, "points", "centred")
+    _pairs: ClassVar[tuple[str, ...]] = (*_tensors, "rho", "offsets")
+
+    def __getitem__(self, problem: int) -> Self:
+        """See :meth:`TransportPlan.__getitem__`."""
+        return dataclasses.replace(super().__getitem__(problem), offsets=(None, None))
 
     def potential(self, points: Tensor) -> Tensor:
         """See :meth:`TransportPlan.potential`."""
+        self._refuse_ragged("potential")
         check_floating_tensor("TransportPlan", "points", points)
         check_device("TransportPlan", "points", points, "the plan's points", self.epsilon)
         y, mapped = self.points[1], self.ground.points(points)
@@ -188,9 +223,22 @@ class PointPlan(TransportPlan):
     def _product(self, values: Tensor) -> Tensor:
         product: Tensor = _ops.sinkhorn_transport(
             values, *self.points, *self.weights, *self.centred, self.epsilon, self.ground.operator, self.ground.power,
-            *self.rho,
+            *self.rho, *self.offsets,
         )  # fmt: skip
         return product
+
+    def _part(self, problem: int, side: int, t: Tensor | None) -> Tensor | None:
+        offsets = self.offsets[side]
+        if offsets is None or t is None:
+            return super()._part(problem, side, t)
+        begin, end = offsets[problem : problem + 2].tolist()
+        return t[begin:end]
+
+    def _refuse_ragged(self, method: str) -> None:
+        if self.offsets[0] is not None:
+            raise NotImplementedError(
+                f"TransportPlan: {method} of a ragged batch is not implemented; take plan[i].{method}"
+            )
 
     def _balanced(self) -> tuple[Tensor, Tensor]:
         return self.centred
@@ -220,6 +268,10 @@ class MatrixPlan(TransportPlan):
     def T(self) -> Self:  # noqa: N802
         """The plan from y to x, shape (M, N)."""
         return dataclasses.replace(super().T, costs=self.costs.mT)
+
+    def __getitem__(self, problem: int) -> Self:
+        """See :meth:`TransportPlan.__getitem__`."""
+        return dataclasses.replace(super().__getitem__(problem), costs=self.costs[problem])
 
     def _product(self, values: Tensor) -> Tensor:
         dtype = torch.promote_types(self.potentials[0].dtype, values.dtype)

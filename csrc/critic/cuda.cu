@@ -16,7 +16,7 @@ using device::narrow;
 using device::widen;
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocks = 8192;  // of loops that stride by the grid
+constexpr int64_t kBlocks = kLoopBlocks;
 
 template <typename T>
 struct alignas(16) Eight {

@@ -10,10 +10,19 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 namespace wgan_ext {
+
+// The most blocks of a loop that strides by the grid: more than any device runs at once. The emulator has few, so that
+// there such loops turn.
+#if defined(WGAN_EXT_EMULATED)
+constexpr int64_t kLoopBlocks = 2;
+#else
+constexpr int64_t kLoopBlocks = 8192;
+#endif
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess)

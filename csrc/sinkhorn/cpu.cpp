@@ -99,13 +99,16 @@ void each_chunk(int64_t problems, int64_t chunks, const Body& body) {
 }
 
 template <typename T>
-void pack(const T* points, int64_t count, int64_t dim, int64_t problems, T* columns, Stream) {
-  const int64_t panels = ceil_div(count, kPanel<T>);
+void pack(const T* points, const int64_t* offsets, int64_t most, int64_t dim, int64_t problems, T* columns, Stream) {
+  const int64_t most_panels = ceil_div(most, kPanel<T>);
   const int64_t per_chunk = greatest(int64_t{1}, kVectorChunk / (dim * kPanel<T>));
-  each_chunk(problems, ceil_div(panels, per_chunk), [&](int64_t problem, int64_t chunk) {
-    const T* from = points + problem * count * dim;
+  each_chunk(problems, ceil_div(most_panels, per_chunk), [&](int64_t problem, int64_t chunk) {
+    const int64_t first = offsets ? offsets[problem] : problem * most;
+    const int64_t count = offsets ? offsets[problem + 1] - first : most, panels = ceil_div(count, kPanel<T>);
+    const T* from = points + first * dim;
+    T* to = columns + (offsets ? first_of_padded(first, problem, kPanel<T>) : problem * padded<T>(most)) * dim;
     for (int64_t p = chunk * per_chunk; p < least((chunk + 1) * per_chunk, panels); ++p) {
-      T* panel = columns + (problem * panels + p) * kPanel<T> * dim;
+      T* panel = to + p * kPanel<T> * dim;
       for (int64_t k = 0; k < kPanel<T>; ++k) {
         const int64_t j = p * kPanel<T> + k;
         for (int64_t d = 0; d < dim; ++d) panel[d * kPanel<T> + k] = j < count ? from[j * dim + d] : T(0);
@@ -490,6 +493,7 @@ void pass(const Control* controls, const Cloud<T>& all_rows, const Cloud<T>& all
     const Ground<T> ground = of_problem(whole_ground, p, rows.count * columns.count);
     Sums* mine = sums + p * stride;
     const int64_t size = chunk_rows(columns.count, rows.dim);
+    for (int64_t k = ceil_div(rows.count, size); k < stride; ++k) mine[k] = Sums{};
     if (ground.transposed) {
       pass_columns(control, rows, columns, ground, role, size, mine);
       continue;
@@ -727,12 +731,13 @@ void gradient(const Control* controls, const Cloud<T>& all_rows, const Cloud<T>&
               int64_t problems, T* force, T* mass, Stream) {
   const int64_t size = chunk_rows(all_columns.count, 2 * all_rows.dim), dim = all_rows.dim, count = all_rows.count;
   each_chunk(problems, ceil_div(count, size), [&](int64_t problem, int64_t chunk) {
-    const int64_t begin = chunk * size, end = least(begin + size, count);
+    const Cloud<T> rows = all_rows.of(problem);
+    const int64_t first = all_rows.first(problem), begin = chunk * size, end = least(begin + size, rows.count);
+    if (begin >= end) return;
     with_cost(ground.cost, [&](auto cost) {
       if constexpr (decltype(cost)::value != Cost::matrix)
-        plan_chunk<decltype(cost)::value, true, T>(controls[problem].epsilon, all_rows.of(problem),
-                                                   all_columns.of(problem), ground, begin, end, nullptr, dim,
-                                                   force + problem * count * dim, mass + problem * count);
+        plan_chunk<decltype(cost)::value, true, T>(controls[problem].epsilon, rows, all_columns.of(problem), ground,
+                                                   begin, end, nullptr, dim, force + first * dim, mass + first);
     });
   });
 }
@@ -742,12 +747,14 @@ void transport(const Control* controls, const Cloud<T>& all_rows, const Cloud<T>
                int64_t problems, const T* values, int64_t width, T* out, Stream) {
   const int64_t size = chunk_rows(all_columns.count, all_rows.dim + width), count = all_rows.count;
   each_chunk(problems, ceil_div(count, size), [&](int64_t problem, int64_t chunk) {
-    const int64_t begin = chunk * size, end = least(begin + size, count);
+    const Cloud<T> rows = all_rows.of(problem);
+    const int64_t begin = chunk * size, end = least(begin + size, rows.count);
+    if (begin >= end) return;
     with_cost(ground.cost, [&](auto cost) {
       if constexpr (decltype(cost)::value != Cost::matrix)
-        plan_chunk<decltype(cost)::value, false, T>(
-            controls[problem].epsilon, all_rows.of(problem), all_columns.of(problem), ground, begin, end,
-            values + problem * all_columns.padded * width, width, out + problem * count * width, nullptr);
+        plan_chunk<decltype(cost)::value, false, T>(controls[problem].epsilon, rows, all_columns.of(problem), ground,
+                                                    begin, end, values + all_columns.first_padded(problem) * width,
+                                                    width, out + all_rows.first(problem) * width, nullptr);
     });
   });
 }

@@ -21,7 +21,7 @@ constexpr int kThreads = 256, kSide = 16;  // a block is 16 x 16 threads
 constexpr int kDepth = 32;                 // dimensions in shared memory at a time
 constexpr int kBlocksPerSm = 2;            // of the heavy kernels: 128 registers a thread
 constexpr int64_t kWantedBlocks = 512;     // ranges are cut until there are about so many
-constexpr int64_t kMostBlocks = 4096;      // of an elementwise loop
+constexpr int64_t kMostBlocks = kLoopBlocks;
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <typename T>
@@ -140,10 +140,16 @@ __device__ int64_t place(const Ground<T>& ground, const Cloud<T>& rows, const Cl
 }
 
 template <typename T>
-__global__ void pack_kernel(const T* points, int64_t count, int64_t dim, int64_t size, T* columns) {
-  const int64_t width = padded_dim<T>(dim);
-  points += int64_t{blockIdx.z} * count * dim;
-  columns += int64_t{blockIdx.z} * size;
+__global__ void pack_kernel(const T* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t size,
+                            T* columns) {
+  const int64_t problem = blockIdx.z, width = padded_dim<T>(dim);
+  const int64_t first = offsets ? offsets[problem] : problem * count;
+  columns += offsets ? first_of_padded(first, problem, Tile<T>::rows) * width : problem * size;
+  if (offsets) {
+    count = offsets[problem + 1] - first;
+    size = ceil_div(count, Tile<T>::rows) * Tile<T>::rows * width;
+  }
+  points += first * dim;
   for (int64_t k = first_element(); k < size; k += stride()) {
     const int64_t i = k / width, d = k % width;
     columns[k] = i < count && d < dim ? points[i * dim + d] : T(0);
@@ -273,6 +279,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Control* control = controls + blockIdx.z;
   if (control->done) return;
   const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
+  if (int64_t{blockIdx.x} * Tile<T>::rows >= rows.count) return;
   __shared__ Shared<T> shared;
   const int64_t tiles = ceil_div(columns.count, Tile<T>::columns), ranges = gridDim.y, range = blockIdx.y;
   const int64_t first = tiles * range / ranges, last = tiles * (range + 1) / ranges;
@@ -502,11 +509,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                 int64_t out_width, T* out, T* mass) {
   const Cloud<T> rows = all_rows.of(blockIdx.z), columns = all_columns.of(blockIdx.z);
   const int64_t dim = rows.dim, source_width = padded_dim<T>(out_width);
-  const T* source = derivative ? columns.columns : values + int64_t{blockIdx.z} * columns.padded * source_width;
+  const T* source = derivative ? columns.columns : values + all_columns.first_padded(blockIdx.z) * source_width;
   __shared__ T xs[kForceRows][kDepth + 1], ys[kForceColumns][kDepth + 1];
   __shared__ T weights[kForceRows][kForceColumns + 1];
   __shared__ T points[kForceColumns][kForceDims];
   const int64_t width = padded_dim<T>(dim), row_begin = int64_t{blockIdx.x} * kForceRows;
+  if (row_begin >= rows.count) return;
+  const int64_t first = all_rows.first(blockIdx.z);
   const int64_t dim_begin = int64_t{blockIdx.y} * kForceDims;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   constexpr int kWarps = kThreads / kWarp;
@@ -585,19 +594,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int64_t i = row_begin + warp + r * kWarps;
     const T sum = device::warp_reduce<device::Sum>(row_mass[r]);
     if (i >= rows.count) continue;
-    if (derivative && lane == 0 && blockIdx.y == 0) mass[int64_t{blockIdx.z} * rows.count + i] = sum;
+    if (derivative && lane == 0 && blockIdx.y == 0) mass[first + i] = sum;
     for (int k = 0; k < 2; ++k) {
       const int64_t d = dim_begin + lane + k * kWarp;
-      if (d < out_width) out[(int64_t{blockIdx.z} * rows.count + i) * out_width + d] = total[r][k];
+      if (d < out_width) out[(first + i) * out_width + d] = total[r][k];
     }
   }
 }
 
 template <typename T>
-void pack(const T* points, int64_t count, int64_t dim, int64_t problems, T* columns, Stream stream) {
+void pack(const T* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t problems, T* columns,
+          Stream stream) {
   const int64_t size = columns_size<T>(count, dim);
-  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_grid(size, problems), kThreads, 0, stream, points, count, dim, size,
-                  columns);
+  WGAN_EXT_LAUNCH((pack_kernel<T>), elementwise_grid(size, problems), kThreads, 0, stream, points, offsets, count, dim,
+                  size, columns);
 }
 
 // What this host thread last saw of its solve. The device writes the solve's number into `done`, so that a late copy of

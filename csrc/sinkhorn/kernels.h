@@ -21,8 +21,15 @@ struct Ground {
 // log2 of weight 0: finite, so that no kernel meets inf - inf, and far below every exponent.
 constexpr double kLogZero = -1e30;
 
+// Where the problem's part of an array begins in which each problem is padded to whole units, for a problem whose
+// points begin at `first`: whole units that hold all before it, whatever their counts.
+WGAN_EXT_FORMULA int64_t first_of_padded(int64_t first, int64_t problem, int64_t unit) {
+  return (first / unit + problem) * unit;
+}
+
 // A cloud of `count` weighted points and what a solve keeps for it, for each problem of a batch in turn. All pointers
-// are of T.
+// are of T. In a ragged batch, whose problems have points in unlike numbers, the arrays of points lie one problem after
+// the other; the padded ones too, each problem's where `first_padded` says.
 template <typename T>
 struct Cloud {
   const T* points;       // [count, dim]
@@ -35,22 +42,40 @@ struct Cloud {
   T* start;              // [count] kept for Control::restore: rows their fresh softmin, columns their potential
   T* bias;               // [padded(count)] log2 w + (f - |x|^2) log2(e) / epsilon
   T* scratch;            // [scratch_size]
-  int64_t count, dim;
-  int64_t columns_size, padded, scratch_size;
+  int64_t count, dim;    // count: of a ragged batch the largest, to which the sizes that follow belong
+  int64_t columns_size, padded, scratch_size;  // of a ragged batch the first and the last are multiples of `padded`
+  const int64_t* offsets;                      // [problems + 1] where each problem of a ragged batch begins, else null
+  int64_t unit;                                // of padding, where there are offsets
 
-  // The same of one problem of the batch.
+  // Where the problem's points begin.
+  WGAN_EXT_FORMULA int64_t first(int64_t problem) const { return offsets ? offsets[problem] : problem * count; }
+
+  // The same in arrays that are padded for each problem.
+  WGAN_EXT_FORMULA int64_t first_padded(int64_t problem) const {
+    return offsets ? first_of_padded(offsets[problem], problem, unit) : problem * padded;
+  }
+
+  // One problem of the batch.
   WGAN_EXT_FORMULA Cloud of(int64_t problem) const {
     Cloud c = *this;
-    c.points += problem * count * dim;
-    c.columns += problem * columns_size;
-    c.squares += problem * count;
-    c.weights += problem * count;
-    c.log_weights += problem * count;
-    c.potential += problem * count;
-    c.softmin += problem * count;
-    if (c.start) c.start += problem * count;
-    c.bias += problem * padded;
-    c.scratch += problem * scratch_size;
+    const int64_t begin = first(problem), begin_padded = first_padded(problem);
+    c.points += begin * dim;
+    c.squares += begin;
+    c.weights += begin;
+    c.log_weights += begin;
+    c.potential += begin;
+    c.softmin += begin;
+    if (c.start) c.start += begin;
+    c.bias += begin_padded;
+    c.columns += offsets ? begin_padded * (columns_size / padded) : problem * columns_size;
+    c.scratch += offsets ? begin_padded * (scratch_size / padded) : problem * scratch_size;
+    if (offsets) {
+      c.count = offsets[problem + 1] - begin;
+      c.padded = ceil_div(c.count, unit) * unit;
+      c.columns_size = c.padded * (columns_size / padded);
+      c.scratch_size = c.padded * (scratch_size / padded);
+      c.offsets = nullptr;
+    }
     return c;
   }
 };
@@ -69,7 +94,9 @@ struct Kernels {
   bool (*caches)(int64_t count, int64_t other_count, int64_t dim, Cost);
 
   // Each does what it says for `problems` problems: controls and facts [problems], sums [problems, sums_size].
-  void (*pack)(const T* points, int64_t count, int64_t dim, int64_t problems, T* columns, Stream);
+  // `offsets`, null or of a ragged batch, and `count` as in Cloud.
+  void (*pack)(const T* points, const int64_t* offsets, int64_t count, int64_t dim, int64_t problems, T* columns,
+               Stream);
   // The matrix that stands for the ground cost: for the squared one without the squares. [row count, column count].
   // Null where `caches` is.
   void (*costs)(const Cloud<T>& rows, const Cloud<T>& columns, const Ground<T>&, int64_t problems, T* matrix, Stream);

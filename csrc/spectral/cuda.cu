@@ -23,8 +23,8 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kResident = 2;       // blocks on a multiprocessor at least; left to itself ptxas aims at six and spills
 constexpr int kRows = 4;           // of a warp, so that one load of x serves four rows
 constexpr int64_t kBlocks = 1024;  // aimed at by the splits of a product
-constexpr int64_t kGridLimit = 8192;  // of loops that stride by the grid
-constexpr int kGroup = 20;            // weights of a launch; what is said of them, its parameters, takes at most 4 KiB
+constexpr int64_t kGridLimit = kLoopBlocks;
+constexpr int kGroup = 20;  // weights of a launch; what is said of them, its parameters, takes at most 4 KiB
 
 // P elements of T that are loaded and stored at once.
 template <typename T, int P>

@@ -5,36 +5,14 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import platform
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
+import programs
 import pytest
-
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-TOWERS = sorted(path.parent.name for path in CSRC.glob("*/cuda.cu"))
-TOWER_SOURCES = ["csrc/{tower}/cuda.cu", "csrc/{tower}/cpu_portable.cpp", "tests/cuda_on_cpu/{tower}.cpp"]
-GROUND_SOURCES = ["tests/cuda_on_cpu/serial.cpp", "csrc/simd.cpp"]
-
-FLAGS = [
-    *("-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"),
-    *("-DWGAN_EXT_EMULATED", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", f"-I{HERE}"),
-]
-SANITIZERS = {
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    # Alignment again: the red zones of AddressSanitizer align shared arrays better than CUDA does.
-    "thread": ["-fsanitize=thread,alignment", "-fno-sanitize-recover=all"],
-    "none": [],
-}
-REFUSED = 70  # kRefused of emulator.h
+from programs import HERE, REFUSED, SANITIZERS, TOWERS, kernels_in, kernels_of, run
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the emulator needs Linux: ELF thread-local storage, the sanitizers of g++"
@@ -43,75 +21,10 @@ pytestmark = pytest.mark.skipif(
 Build = Callable[[str, str], Path]
 
 
-def call(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
+def build(emulated: programs.Programs) -> Build:
     """Compile a program here, a tower's or ``faults``, once for each sanitizer."""
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    programs: dict[Path, list[Future[subprocess.CompletedProcess[str]]]] = {}
-
-    def compile_program(program: str, sanitizer: str) -> Path:
-        binary = folder / f"{program}_{sanitizer}"
-        if binary not in programs:
-            names = ["tests/cuda_on_cpu/faults.cpp"]
-            if program != "faults":
-                names = [name.format(tower=program) for name in TOWER_SOURCES] + GROUND_SOURCES
-            compile_one = ["g++", *FLAGS, *SANITIZERS[sanitizer], "-c", "-x", "c++"]
-            programs[binary] = [
-                pool.submit(call, [*compile_one, str(CSRC.parent / name), "-o", f"{binary}_{i}.o"])
-                for i, name in enumerate(names)
-            ]
-        for source in programs[binary]:
-            assert source.result().returncode == 0, source.result().stdout
-        if not binary.exists():
-            objects = [f"{binary}_{i}.o" for i in range(len(programs[binary]))]
-            shown = call(["g++", *SANITIZERS[sanitizer], *objects, "-o", str(binary)])
-            assert shown.returncode == 0, shown.stdout
-        return binary
-
-    with ThreadPoolExecutor(2) as pool:
-        yield compile_program
-
-
-@functools.cache
-def fixed_addresses() -> list[str]:
-    """Run a program without address randomisation, which some versions of ThreadSanitizer cannot map around."""
-    command = ["setarch", platform.machine(), "-R"]
-    works = shutil.which("setarch") is not None and call([*command, "true"]).returncode == 0
-    return command if works else []
-
-
-def run(binary: Path, argument: str = "", order: str = "forward") -> subprocess.CompletedProcess[str]:
-    prefix = fixed_addresses() if binary.name.endswith("_thread") else []
-    return call(
-        [*prefix, str(binary), *argument.split()],
-        WGAN_EXT_EMULATED_ORDER=order,
-        ASAN_OPTIONS="detect_leaks=1",
-        UBSAN_OPTIONS="print_stacktrace=1",
-        TSAN_OPTIONS="halt_on_error=1",
-    )
-
-
-def kernels_of(tower: str) -> set[str]:
-    """Names of the ``__global__`` functions in a tower's CUDA sources."""
-    names = set()
-    for path in sorted(CSRC.glob(f"{tower}/*.cu*")):
-        text = re.sub(r"//.*|/\*.*?\*/", "", path.read_text())
-        text = re.sub(r"__launch_bounds__\s*(\((?:[^()]|\([^()]*\))*\))", "", text)
-        names.update(re.findall(r"__global__\s+void\s+(\w+)\s*\(", text))
-        assert len(re.findall(r"\b__global__\b", text)) == len(re.findall(r"__global__\s+void\s+\w+\s*\(", text)), path
-    return names
+    return emulated.build
 
 
 def test_every_tower_is_emulated() -> None:
@@ -122,8 +35,8 @@ def test_every_tower_is_emulated() -> None:
 def test_kernels_agree_with_the_cpu(tower: str, build: Build) -> None:
     shown = run(build(tower, "address"))
     assert shown.returncode == 0, shown.stdout[-8000:]
-    ran = " ".join(re.findall(r"^emulated kernel (.*): \d+ launches$", shown.stdout, re.MULTILINE))
-    declared = kernels_of(tower)
+    ran = kernels_in(shown.stdout)
+    declared = kernels_of(f"{tower}/*.cu*")
     assert declared
     assert {name for name in declared if re.search(rf"\b{name}\b", ran) is None} == set()
 
