@@ -34,14 +34,4 @@ void parallel_each(int64_t items, const Body& body) {
   parallel_queue(items, [](const void* context, int64_t item) { (*static_cast<const Body*>(context))(item); }, &body);
 }
 
-// Calls body(context) on this thread while torch's other intra-op threads stand by for the loops in it, which then begin
-// and end within a few hundred nanoseconds: for several loops, each too short for torch to call its threads again. The
-// body and the loops must not throw.
-void parallel_region(void (*body)(const void* context), const void* context);
-
-template <typename Body>
-void parallel_together(const Body& body) {
-  parallel_region([](const void* context) { (*static_cast<const Body*>(context))(); }, &body);
-}
-
 }  // namespace wgan_ext

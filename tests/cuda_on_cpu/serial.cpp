@@ -11,6 +11,4 @@ void parallel_queue(int64_t items, void (*body)(const void*, int64_t), const voi
   parallel_chunks(items, Order::forth, body, context);
 }
 
-void parallel_region(void (*body)(const void*), const void* context) { body(context); }
-
 }  // namespace wgan_ext
