@@ -18,11 +18,14 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -65,6 +68,27 @@ void check_vector(const char* op, const char* name, const Tensor& t, int64_t siz
 // The dtype that the kernels compute in, and that of sigma.
 at::ScalarType compute_type(const Tensor& weight) {
   return weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Whether t is but a dense tensor on the CPU: no subclass, fake, batched or functional tensor.
+bool is_plain(const Tensor& t) {
+  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                       c10::DispatchKey::AutogradCPU});
+  return t.key_set() == plain && t.layout() == at::kStrided;
+}
+
+// buffer.copy_(value) without a graph. Of two short vectors, a copy by the dispatcher takes as long as all else that an
+// operator does.
+void store(const Tensor& buffer, const Tensor& value) {
+  if (is_plain(buffer) && is_plain(value) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+      buffer.sizes() == value.sizes() && buffer.scalar_type() == value.scalar_type() && buffer.is_contiguous() &&
+      value.is_contiguous() && !buffer.requires_grad()) {
+    std::memcpy(buffer.mutable_data_ptr(), value.const_data_ptr(), value.nbytes());
+    torch::autograd::impl::bump_version(buffer);
+    return;
+  }
+  const at::AutoDispatchBelowAutograd guard;
+  buffer.copy_(value);
 }
 
 Tensor operand(const Tensor& t, at::ScalarType type) {
@@ -440,9 +464,8 @@ Tensor forward_in_place(const Tensor& weight, const Tensor& u, const Tensor& v, 
   const auto [normalized, new_u, new_v, sigma] =
       op.call(weight, u, v, dim, n_power_iterations, eps, v_first, target, shrink_only);
   if (n_power_iterations > 0) {
-    const at::AutoDispatchBelowAutograd guard;  // the vectors have no graph
-    u.copy_(new_u);
-    v.copy_(new_v);
+    store(u, new_u);
+    store(v, new_v);
   }
   return normalized;
 }
@@ -456,9 +479,8 @@ std::tuple<Tensor, Tensor> forward_fold(const Tensor& weight, const Tensor& u, c
     return op.call(weight, u, v, dim, n_power_iterations, eps, v_first);
   }();
   if (n_power_iterations > 0) {
-    const at::AutoDispatchBelowAutograd guard;
-    u.copy_(new_u);
-    v.copy_(new_v);
+    store(u, new_u);
+    store(v, new_v);
   }
   if (!c10::GradMode::is_enabled() || !wants_grad(weight)) return {weight, sigma};
   const Normalized with_graph = attached(weight, {weight, new_u, new_v, sigma}, dim, HUGE_VAL, true);
