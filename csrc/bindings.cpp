@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "graph.h"
 #include "results.h"
 #include "simd.h"
 #include "state.h"
@@ -140,8 +141,12 @@ PYBIND11_MODULE(_C, m) {
   // memory
   m.def("empty_cache", &wgan_ext::empty_cache);
 
+  // autograd's graphs
+  m.def("forget_leaves", &wgan_ext::forget_leaves);
+
   // what a plan depends on
   m.def("state_of", &wgan_ext::state_of);
+  m.def("same_state", &wgan_ext::same_state);
 
   // build facts
   m.attr("torch_version") = py::make_tuple(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH);

@@ -11,4 +11,9 @@ namespace wgan_ext {
 pybind11::list state_of(pybind11::handle module, const pybind11::frozenset& atoms, const pybind11::frozenset& ignored,
                         const pybind11::function& frozen);
 
+// Whether that list would equal `state`, which is then not made, and the objects of the weak references that are the
+// values of `references`, to which the identities in it belong, are still there.
+bool same_state(pybind11::handle module, const pybind11::frozenset& atoms, const pybind11::frozenset& ignored,
+                const pybind11::function& frozen, const pybind11::list& state, const pybind11::dict& references);
+
 }  // namespace wgan_ext

@@ -207,10 +207,21 @@ def sinkhorn_divergence_group(
 # memory
 def empty_cache() -> int: ...
 
+# autograd's graphs
+def forget_leaves(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None: ...
+
 # what a plan depends on
 def state_of(
     module: object, atoms: frozenset[Any], ignored: frozenset[str], frozen: Callable[[Any], Any]
 ) -> list[Any]: ...
+def same_state(
+    module: object,
+    atoms: frozenset[Any],
+    ignored: frozenset[str],
+    frozen: Callable[[Any], Any],
+    state: list[Any],
+    references: dict[str, Any],
+) -> bool: ...
 
 # build facts
 torch_version: tuple[int, int, int]

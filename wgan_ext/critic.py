@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _ops
+from . import _C, _ops
 from ._checks import check_batch, check_type
 from ._distributed import WRAPPERS, guard, refuse_wrapped, wrapped_layer
 from ._transforms import engine_under_transforms, scores_and_gradients, transformed
-from .plans import compute_dtype, plan_for, read_parameters, refused_lately
+from .plans import compute_dtype, plan_for, read_parameters
 from .tracing import LayerPlan, couples_samples
 
 __all__ = ["CriticPlan", "LayerPlan", "explain", "input_gradient"]
@@ -216,13 +216,14 @@ def evaluation(
     """
     check_engine(op, engine)
     check_type(op, "critic_args", critic_args, (tuple, list), "a tuple or list")
-    check_type(op, "critic_kwargs", critic_kwargs or {}, Mapping, "a mapping")
+    if critic_kwargs:
+        check_type(op, "critic_kwargs", critic_kwargs, Mapping, "a mapping")
     critic = _unwrap(op, critic)
     engine = engine_under_transforms(op, engine)
-    if engine == "autograd" or (engine == "auto" and refused_lately(critic, x)):
+    if engine == "autograd":
         return None
     args, kwargs = tuple(critic_args), dict(critic_kwargs or {})
-    plan = plan_for(critic, x, args, kwargs)
+    plan = plan_for(critic, x, args, kwargs, trust=engine == "auto")
     trace = plan.trace
     if plan.refused:
         raise NotImplementedError(f"{op}: {trace.obstacle}")
@@ -302,12 +303,14 @@ def double_backward(
     plain = create_graph and not torch.is_inference_mode_enabled()
     with contextlib.nullcontext() if plain else _recording():
         points: list[Tensor] = []
+        leaves: list[Tensor] = []  # those of the points that are not in a graph
 
         def point(t: Tensor) -> Tensor:
-            in_graph = create_graph and t.requires_grad
-            points.append(
-                t.view_as(t) if in_graph else (t.clone() if t.is_inference() else t.detach()).requires_grad_()
-            )
+            if create_graph and t.requires_grad:
+                points.append(t.view_as(t))
+            else:
+                leaves.append((t.clone() if t.is_inference() else t.detach()).requires_grad_())
+                points.append(leaves[-1])
             return points[-1]
 
         outputs = called(op, critic, map_tensors(point, x), critic_args, critic_kwargs)
@@ -322,6 +325,8 @@ def double_backward(
             )
     if all(gradient is None for gradient in gradients):
         raise ValueError(f"{op}: the critic's scores do not depend on its input")
+    if create_graph:
+        _C.forget_leaves([outputs, *(g for g in gradients if g is not None)], leaves)
     return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, points, strict=True)]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import _ops, lowering
 from ._distributed import wrapped_layer
 from .spectral_group import group_of
-from .states import frozen, outside_variables, plain_attributes, state_of, value_of
+from .states import frozen, outside_variables, plain_attributes, same_state, state_of, value_of
 from .tracing import (
     Source,
     Step,
@@ -37,7 +37,7 @@ from .tracing import (
     trace,
 )
 
-__all__ = ["Plan", "compute_dtype", "parameters_unchanged", "plan_for", "read_parameters", "refused_lately"]
+__all__ = ["Plan", "compute_dtype", "parameters_unchanged", "plan_for", "read_parameters"]
 
 
 @dataclasses.dataclass
@@ -60,7 +60,11 @@ class Plan:
 
     def holds(self) -> bool:
         """Whether the modules are still there and the variables have their values."""
-        return all(module() is not None for module in self.modules.values()) and all(
+        return all(module() is not None for module in self.modules.values()) and self.variables_hold()
+
+    def variables_hold(self) -> bool:
+        """Whether the variables have their values."""
+        return not self.variables or all(
             frozen(value_of(place, name)) == value for place, name, value in self.variables
         )
 
@@ -70,18 +74,35 @@ class _Plans:
 
     def __init__(self) -> None:
         self.plans: dict[Any, Plan] = {}
-        self.last: tuple[list[Any], Plan] | None = None  # comparing keys is quicker than hashing one
+        self.last: tuple[list[Any], Any, Plan] | None = None  # comparing is quicker than hashing
         self.made = 0
         self.found = 0
         self.refusals = 0  # in a row
         self.trust = 0  # how many calls may take the last refusal on trust
         self.refused_at: Any = None  # what those calls must have in common with it
+        self.refusal: Plan | None = None
 
     def note(self, plan: Plan, critic: nn.Module, x: Any) -> None:
         """Remember whether the plan sends the critic to autograd."""
-        self.refusals = self.refusals + 1 if plan.trace.obstacle and not plan.refused else 0
-        self.trust = min(2**self.refusals, _TRUST) if self.refusals > 1 else 0
-        self.refused_at = (critic.training, x.shape[1:], x.dtype) if self.trust and isinstance(x, Tensor) else None
+        if not plan.trace.obstacle or plan.refused:
+            self.refusals = self.trust = 0
+            return
+        self.refusals += 1
+        self.trust = min(2**self.refusals, _TRUST) if self.refusals > 1 and isinstance(x, Tensor) else 0
+        if self.trust:
+            self.refused_at, self.refusal = (critic.training, x.shape[1:], x.dtype), plan
+
+    def trusted(self, critic: nn.Module, x: Any) -> Plan | None:
+        """The plan that sent the critic to autograd time and again, if this call may go there without another look.
+
+        Autograd is right whatever has become of the critic: a change that lets the analytic engine take it is noticed
+        at most 32 calls later. For a critic that autograd takes, whose products drive Python's data out of the caches,
+        a look at all of its state costs a tenth of a millisecond.
+        """
+        if not isinstance(x, Tensor) or self.refused_at != (critic.training, x.shape[1:], x.dtype):
+            return None
+        self.trust -= 1
+        return self.refusal
 
     @property
     def exhausted(self) -> bool:
@@ -93,24 +114,11 @@ _plans: weakref.WeakKeyDictionary[nn.Module, _Plans] = weakref.WeakKeyDictionary
 _lock = threading.RLock()  # tracing hooks all modules and puts the critic's weights aside for a while
 
 
-def refused_lately(critic: Any, x: Any) -> bool:
-    """Whether the critic went to autograd time and again, so that this call may go there without another look.
+def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trust: bool = False) -> Plan:
+    """The plan of an evaluation ``critic(x, *args, **kwargs)``, made if there is none that holds.
 
-    Autograd is right whatever has become of the critic: a change that lets the analytic engine take it is noticed at
-    most 32 calls later. For a critic that autograd takes, whose products drive Python's data out of the caches, a look
-    at all of its state costs a tenth of a millisecond.
+    Where ``trust``, it may be one that sent the critic to autograd at earlier calls (see ``_Plans.trusted``).
     """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(critic, nn.Module):
-        return False
-    plans = _plans.get(critic)
-    if plans is None or plans.trust == 0 or plans.refused_at != (critic.training, x.shape[1:], x.dtype):
-        return False
-    plans.trust -= 1
-    return True
-
-
-def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    """The plan of an evaluation ``critic(x, *args, **kwargs)``, made if there is none that holds."""
     if not isinstance(critic, nn.Module):
         return _refusal("the critic is not an nn.Module")
     if torch.compiler.is_compiling():
@@ -120,28 +128,34 @@ def plan_for(critic: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         constant = _constant_plan(critic, map_leaves(functools.partial(_like, batch=batch), (x, args, kwargs)))
         _guard(constant, critic)
         return constant
-    return _plan_for(critic, x, args, kwargs)
+    return _plan_for(critic, x, args, kwargs, trust)
 
 
-def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], trust: bool = False) -> Plan:
     with _lock:
-        if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
-            return _refusal("a hook is registered for all modules")
         plans = _plans.get(critic)
         if plans is None:
             plans = _plans[critic] = _Plans()
+        elif trust and plans.trust and (lately := plans.trusted(critic, x)) is not None:
+            return lately
+        if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return _refusal("a hook is registered for all modules")
+        call = _signature(x, args, kwargs), _autocast_dtype(x if isinstance(x, Tensor) else tensors_in(x)[0])
+        if plans.last is not None:
+            state, last_call, last = plans.last
+            if last_call == call and same_state(critic, state, last.modules) and last.variables_hold():
+                plans.found += 1
+                plans.note(last, critic, x)
+                return last
         state = state_of(critic)
-        state += (_signature(x, args, kwargs), _autocast_dtype(x if isinstance(x, Tensor) else tensors_in(x)[0]))
-        if plans.last is not None and plans.last[0] == state:
-            plan: Plan | None = plans.last[1]
-        else:
-            try:
-                plan = plans.plans.get(tuple(state))
-            except TypeError as error:
-                return _refusal(f"its state or arguments cannot be compared: {error}")
+        key = (*state, call)
+        try:
+            plan = plans.plans.get(key)
+        except TypeError as error:
+            return _refusal(f"its state or arguments cannot be compared: {error}")
         if plan is not None and plan.holds():
             plans.found += 1
-            plans.last = state, plan
+            plans.last = state, call, plan
             plans.note(plan, critic, x)
             return plan
         if plans.exhausted:
@@ -149,7 +163,7 @@ def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str
         plans.made += 1
         if len(plans.plans) >= 16:
             plans.plans.clear()
-        plan = plans.plans[tuple(state)] = _make(critic, x, args, kwargs)
+        plan = plans.plans[key] = _make(critic, x, args, kwargs)
         plans.note(plan, critic, x)
         return plan
 

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from . import _C
 
-__all__ = ["frozen", "outside_variables", "plain_attributes", "state_of", "value_of"]
+__all__ = ["frozen", "outside_variables", "plain_attributes", "same_state", "state_of", "value_of"]
 
 _ATOMS = frozenset(
     [
@@ -48,6 +48,11 @@ def plain_attributes(critic: nn.Module) -> list[tuple[str, str, Any]]:
 def state_of(critic: nn.Module) -> list[Any]:
     """Modules, classes, modes, hooks, attributes and the shapes of parameters, to be compared or hashed."""
     return _C.state_of(critic, _ATOMS, _IGNORED, frozen)
+
+
+def same_state(critic: nn.Module, state: list[Any], modules: dict[str, weakref.ref[nn.Module]]) -> bool:
+    """Whether that is ``state`` still, which was that of ``modules``; quicker than comparing a new one."""
+    return _C.same_state(critic, _ATOMS, _IGNORED, frozen, state, modules)
 
 
 class _Identity:

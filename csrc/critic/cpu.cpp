@@ -359,12 +359,14 @@ void product_by_dots(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, bool add
 template <typename T>
 void product(const T* a, bool a_transposed, const T* b, bool b_transposed, T* c, bool add, int64_t m, int64_t n,
              int64_t k) {
-  const Matrix<const T> left = {a, a_transposed ? 1 : k, a_transposed ? m : 1};
+  static constexpr T one = 1;
+  const Matrix<const T> left =
+      a ? Matrix<const T>{a, a_transposed ? 1 : k, a_transposed ? m : 1} : Matrix<const T>{&one, 0, 0};
   const Matrix<const T> right = {b, b_transposed ? 1 : n, b_transposed ? k : 1};
   const Matrix<T> out = {c, n, 1};
   if (n > kNarrow)
     product_by_tiles(left, right, out, add, m, n, k);
-  else if (a_transposed)
+  else if (a_transposed || !a)
     product_by_tiles(right.transposed(), left.transposed(), out.transposed(), add, n, m, k);
   else
     product_by_dots(left, right, out, add, m, n, k);

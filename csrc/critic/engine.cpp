@@ -116,11 +116,15 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep, cons
   }
 
   Forward result;
-  if (scored_.count) {
-    const Tensor outputs = scored_.of(values.back()).reshape({scored_.count, -1}).to(result_dtype(x[0]));
-    result.scores = mean_outputs ? outputs.mean(1) : outputs.sum(1);
+  const auto dtype = result_dtype(x[0]);
+  if (!scored_.count) {
+    result.scores = fresh({0}, x[0].options().dtype(dtype));
+  } else if (const Tensor& last = values.back(); ours(last) && last.numel() == all.total && last.is_contiguous() &&
+                                                 last.scalar_type() == dtype) {  // the output itself
+    result.scores = scored_.of(last.view({all.total}));
   } else {
-    result.scores = at::empty({0}, x[0].options().dtype(result_dtype(x[0])));
+    const Tensor outputs = scored_.of(last).reshape({scored_.count, -1}).to(dtype);
+    result.scores = mean_outputs ? outputs.mean(1) : outputs.sum(1);
   }
   values.clear();
 
@@ -160,10 +164,12 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep, cons
   for (const auto i : c10::irange(x.size())) {
     Shape shape = x[i].sizes().vec();
     shape[0] = points_.count;
-    const Tensor gradient = take(u[i]);
-    result.gradients.push_back(
-        gradient.defined() ? gradient.expand(shape).to(result_dtype(x[i])).contiguous(x[i].suggest_memory_format())
-                           : at::zeros(shape, x[i].options().dtype(result_dtype(x[i]))));
+    Tensor gradient = take(u[i]);
+    if (!gradient.defined())
+      gradient = at::zeros(shape, x[i].options().dtype(dtype));
+    else if (gradient.sizes() != shape)
+      gradient = gradient.expand(shape);
+    result.gradients.push_back(cast(gradient, dtype).contiguous(x[i].suggest_memory_format()));
   }
   return result;
 }

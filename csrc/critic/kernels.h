@@ -63,7 +63,7 @@ struct Kernels {
 
   // c = a b, or c + a b: a product too small for a library, which takes longer to begin. On a GPU the launch is what
   // takes long, whoever launches: there is none (null), and `small` is 0.
-  //   a [m, k], or [k, m] if a_transposed   b [k, n], or [n, k] if b_transposed   c [m, n]
+  //   a [m, k], or [k, m] if a_transposed, or null for ones   b [k, n], or [n, k] if b_transposed   c [m, n]
   void (*product)(const T* a, bool a_transposed, const T* b, bool b_transposed, T* c, bool add, int64_t m, int64_t n,
                   int64_t k);
   // Up to how many multiply-adds, m n k, a product is small.

@@ -143,14 +143,6 @@ Tensor sum_to(Tensor t, IntArrayRef shape) {
 // t, or t summed over its samples to suit a uniform gradient.
 Tensor like_gradient(const Tensor& u, const Tensor& t) { return u.size(0) == 1 && t.size(0) != 1 ? t.sum(0, true) : t; }
 
-// The sum over samples of a, each times its c (undefined: 1), for `count` samples; without the batch, a's dims in the
-// order of memory.
-Tensor weighted_sum(const Tensor& a, const Tensor& c, int64_t count) {
-  if (a.size(0) == 1 && count != 1) return c.defined() ? a[0] * c.sum() : a[0] * count;
-  if (!c.defined()) return a.sum(0);
-  return at::mv(a.reshape({a.size(0), -1}).t(), c).view(a.sizes().slice(1));
-}
-
 // Calls the kernels of t's device and dtype; there is nothing to call for an empty tensor or one without memory.
 template <typename Call>
 void with_kernels(const Tensor& t, const Call& call) {
@@ -180,7 +172,7 @@ T* output(const Tensor& t, const Kernels<T>&) {
 Tensor activate(const Tensor& z, const Tensor& bias, double slope, const Tensor& h) {
   const int64_t columns = product(bias.defined() ? bias.sizes() : z.sizes().slice(1));
   const int64_t rows = columns ? product(z.sizes()) / columns : z.size(0);
-  Tensor signs = at::empty({rows, ceil_div(columns, 8)}, z.options().dtype(at::kByte));
+  Tensor signs = fresh({rows, ceil_div(columns, 8)}, z.options().dtype(at::kByte));
   with_kernels(z, [&](const auto& kernels, Stream stream) {
     kernels.activate(input(z, kernels), input(bias, kernels), slope, output(h, kernels),
                      signs.mutable_data_ptr<uint8_t>(), rows, columns, stream);
@@ -211,23 +203,40 @@ struct Matrix {
   Tensor view() const { return transposed ? matrix(t).t() : matrix(t); }
 };
 
+// a b [m, n] if that is a small product, which is then added to `sum` if there is one; whether it was. With m = 1, a
+// may be undefined, for ones.
+bool small_product(const Tensor& a, bool a_transposed, const Tensor& b, bool b_transposed, Tensor& sum, int64_t m,
+                   int64_t n, int64_t k) {
+  if (b.scalar_type() != at::kFloat && b.scalar_type() != at::kDouble) return false;  // half is the library's
+  if ((a.defined() && !a.is_contiguous()) || !b.is_contiguous()) return false;
+  bool done = false;
+  with_kernels(b, [&](const auto& kernels, Stream) {
+    if (m * n * k > kernels.small) return;
+    const bool add = sum.defined();
+    if (!add) sum = fresh({m, n}, b.options());
+    kernels.product(input(a, kernels), a_transposed, input(b, kernels), b_transposed, output(sum, kernels), add, m, n,
+                    k);
+    done = true;
+  });
+  return done;
+}
+
 // a b [m, n], or that added to `sum`. The choice between the kernel for small products and the library is made here.
 Tensor matrix_product(const Matrix& a, const Matrix& b, Tensor sum = {}) {
   const int64_t m = a.transposed ? a.columns() : a.rows(), k = a.transposed ? a.rows() : a.columns();
   const int64_t n = b.transposed ? b.rows() : b.columns(), others_k = b.transposed ? b.columns() : b.rows();
-  const bool ours_too = a.t.scalar_type() == at::kFloat || a.t.scalar_type() == at::kDouble;  // half is the library's
-  bool done = false;
-  if (ours_too && k == others_k && a.t.is_contiguous() && b.t.is_contiguous())
-    with_kernels(a.t, [&](const auto& kernels, Stream) {
-      if (m * n * k > kernels.small) return;
-      const bool add = sum.defined();
-      if (!add) sum = at::empty({m, n}, a.t.options());
-      kernels.product(input(a.t, kernels), a.transposed, input(b.t, kernels), b.transposed, output(sum, kernels), add,
-                      m, n, k);
-      done = true;
-    });
-  if (done) return sum;
+  if (k == others_k && small_product(a.t, a.transposed, b.t, b.transposed, sum, m, n, k)) return sum;
   return sum.defined() ? sum.addmm_(a.view(), b.view()) : at::mm(a.view(), b.view());
+}
+
+// The sum over samples of a, each times its c (undefined: 1), for `count` samples; without the batch, a's dims in the
+// order of memory.
+Tensor weighted_sum(const Tensor& a, const Tensor& c, int64_t count) {
+  if (a.size(0) == 1 && count != 1) return c.defined() ? a[0] * c.sum() : a[0] * count;
+  const int64_t samples = a.size(0), n = product(a.sizes().slice(1));
+  if (Tensor sums; a.dim() == 2 && small_product(c, false, a, false, sums, 1, n, samples)) return sums.view({n});
+  if (!c.defined()) return a.sum(0);
+  return at::mv(a.reshape({samples, -1}).t(), c).view(a.sizes().slice(1));
 }
 
 // t [n, m] as a batch of samples.
@@ -1150,7 +1159,7 @@ std::unique_ptr<Layer> make_layer(int64_t kind, Reader& r, size_t spatial_dims) 
 Tensor norms_of_samples(const Tensor& t) {
   const int64_t batch = t.size(0);
   if (t.numel() == 0) return at::zeros({batch}, t.options());
-  const Tensor norms = at::empty({batch}, t.options());
+  const Tensor norms = fresh({batch}, t.options());
   with_kernels(t, [&](const auto& kernels, Stream stream) {
     kernels.norms(input(t, kernels), output(norms, kernels), batch, product(t.sizes()) / batch, stream);
   });
@@ -1158,8 +1167,8 @@ Tensor norms_of_samples(const Tensor& t) {
 }
 
 Penalized penalize(const Tensor& norms, const Penalty& penalty, double weight, bool differentiate) {
-  Penalized result{at::empty({}, norms.options()), at::empty({}, norms.options()), {}};
-  if (differentiate) result.slopes = at::empty(norms.sizes(), norms.options());
+  Penalized result{fresh({}, norms.options()), fresh({}, norms.options()), {}};
+  if (differentiate) result.slopes = fresh(norms.sizes(), norms.options());
   with_kernels(norms, [&](const auto& kernels, Stream stream) {
     kernels.penalty(input(norms, kernels), norms.size(0), penalty, weight, output(result.value, kernels),
                     output(result.loss, kernels), output(result.slopes, kernels), stream);

@@ -9,7 +9,9 @@
 //
 // A gradient that is alike for all samples, as above the last activation, is kept as a batch of one ("uniform").
 #pragma once
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
 
 #include <memory>
@@ -28,6 +30,14 @@ using Scalars = at::ArrayRef<double>;
 using Shape = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
 
+// at::empty, and on a CPU what that comes to: in a small critic finding the way there takes as long as a product.
+inline Tensor fresh(IntArrayRef sizes, const at::TensorOptions& options,
+                    at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  if (options.device().is_cpu())
+    return Tensor(at::detail::empty_cpu(sizes, c10::typeMetaToScalarType(options.dtype()), false, format));
+  return at::empty(sizes, options, format);
+}
+
 // Rows [first, first + count) of a batch of `total`.
 struct Rows {
   int64_t first, count, total;
@@ -38,7 +48,10 @@ struct Rows {
   Tensor of(const Tensor& t) const {
     if (whole() || !t.defined()) return t;
     const int64_t each = t.size(0) / total;
-    return t.narrow(0, first * each, count * each);
+    if (t.is_meta()) return t.narrow(0, first * each, count * each);
+    Shape sizes = t.sizes().vec();  // what narrow comes to
+    sizes[0] = count * each;
+    return at::native::as_strided_tensorimpl(t, sizes, t.strides(), t.storage_offset() + first * each * t.stride(0));
   }
   // The same of a gradient, which may be uniform.
   Tensor of_gradient(const Tensor& u) const { return u.size(0) == total ? of(u) : u; }
@@ -58,7 +71,7 @@ struct Frame {
   at::MemoryFormat format(IntArrayRef shape) const { return shape.size() == 4 ? images : at::MemoryFormat::Contiguous; }
   Tensor arrange(const Tensor& t) const { return t.contiguous(format(t.sizes())); }
   Tensor enter(const Tensor& t) const { return arrange(cast(t, c10::typeMetaToScalarType(options.dtype()))); }
-  Tensor empty(IntArrayRef shape) const { return at::empty(shape, options, format(shape)); }
+  Tensor empty(IntArrayRef shape) const { return fresh(shape, options, format(shape)); }
 };
 
 // What a layer kept of the forward pass, at the rows at hand: what it takes, if it keeps_inputs, and its extras.

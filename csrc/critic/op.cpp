@@ -150,9 +150,9 @@ Tensor score_weights(const Tensor& x, const Options& o, const Loss& l) {
   if (!o.scored) return {};
   const int64_t fake = o.scored - l.real;
   const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor weights = at::empty({o.scored}, x.options().dtype(dtype));
-  weights.narrow(0, 0, l.real).fill_(-1.0 / static_cast<double>(l.real));
-  weights.narrow(0, l.real, fake).fill_(1.0 / static_cast<double>(fake));
+  const Tensor weights = fresh({o.scored}, x.options().dtype(dtype));
+  Rows{0, l.real, o.scored}.of(weights).fill_(-1.0 / static_cast<double>(l.real));
+  Rows{l.real, fake, o.scored}.of(weights).fill_(1.0 / static_cast<double>(fake));
   return weights;
 }
 
