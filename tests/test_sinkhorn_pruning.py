@@ -1,7 +1,7 @@
 """Passes that leave out tiles of far points give what dense passes give, to rounding.
 
-Pruned are clouds of at least 2048 points in fewer than 16 dimensions, at an epsilon small beside the mean cost. The same
-points with coordinates of 0 added up to 16 are the dense problem.
+Pruned are clouds of at least 2048 points in fewer than 16 dimensions, at an epsilon small beside the mean cost. The
+same points with coordinates of 0 added up to 16 are the dense problem.
 """
 
 from __future__ import annotations
