@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import weakref
 
 import torch
@@ -29,6 +30,8 @@ def refuse_wrapped(op: str, critic: object) -> None:
     """
     if isinstance(critic, WRAPPERS):
         raise NotImplementedError(f"{op}: {_wrapped('the critic', critic)}")
+    if "torch.distributed.fsdp" not in sys.modules and not _is_initialized():
+        return
     _refuse_sharded(op, "the critic", critic)
     if isinstance(critic, nn.Module) and _is_initialized() and not torch.compiler.is_compiling():
         for name, module in critic.named_modules():

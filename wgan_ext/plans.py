@@ -145,7 +145,8 @@ def _plan_for(critic: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str
             state, last_call, last = plans.last
             if last_call == call and same_state(critic, state, last.modules) and last.variables_hold():
                 plans.found += 1
-                plans.note(last, critic, x)
+                if last.trace.obstacle or plans.refusals:
+                    plans.note(last, critic, x)
                 return last
         state = state_of(critic)
         key = (*state, call)
@@ -197,7 +198,8 @@ def _alike(leaf: Any, batch: int) -> Any:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast, where it is on, casts x to; like autocast, this leaves float64 alone."""
     device_type = x.device.type
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    on = known and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if on and x.dtype != torch.float64 else None
 
 

@@ -136,7 +136,7 @@ Engine::Forward Engine::forward(TensorList x, bool mean_outputs, bool keep, cons
   // Rows that are scored and points need u without the weights; float16 is scaled in backward.
   weighted_ = weights.defined() && points_.first == scored_.count && frame_.options.dtype() != at::kHalf;
   seed.insert(seed.begin(), weighted_ ? points_.total : 1);
-  u.back() = frame_.empty(seed).fill_(weight);
+  u.back() = fill(frame_.empty(seed), weight);
   if (weighted_) {
     Shape per_row(seed.size(), 1);
     per_row[0] = -1;
@@ -338,6 +338,7 @@ Engine::Backward Engine::chains(const Tensor& grad_scores, TensorList grad_gradi
   v.clear();
   const auto leave = [&](Tensor t, const Tensor& model) {
     const at::ScalarType dtype = last ? c10::promoteTypes(model.scalar_type(), at::kFloat) : model.scalar_type();
+    if (!t.defined() && model.is_contiguous()) return fill(fresh(model.sizes(), model.options().dtype(dtype)), 0);
     if (!t.defined()) return at::zeros_like(model, model.options().dtype(dtype));
     if (!ours(t)) t = t.clone();  // as of two constants that are added up
     if (scale.defined()) t = t.to(scale.scalar_type()).mul_(scale);

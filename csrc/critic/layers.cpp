@@ -140,9 +140,6 @@ Tensor sum_to(Tensor t, IntArrayRef shape) {
   return t.sizes() == shape ? t : t.reshape(shape);
 }
 
-// t, or t summed over its samples to suit a uniform gradient.
-Tensor like_gradient(const Tensor& u, const Tensor& t) { return u.size(0) == 1 && t.size(0) != 1 ? t.sum(0, true) : t; }
-
 // Calls the kernels of t's device and dtype; there is nothing to call for an empty tensor or one without memory.
 template <typename Call>
 void with_kernels(const Tensor& t, const Call& call) {
@@ -227,6 +224,13 @@ Tensor matrix_product(const Matrix& a, const Matrix& b, Tensor sum = {}) {
   const int64_t n = b.transposed ? b.rows() : b.columns(), others_k = b.transposed ? b.columns() : b.rows();
   if (k == others_k && small_product(a.t, a.transposed, b.t, b.transposed, sum, m, n, k)) return sum;
   return sum.defined() ? sum.addmm_(a.view(), b.view()) : at::mm(a.view(), b.view());
+}
+
+// t, or t summed over its samples to suit a uniform gradient.
+Tensor like_gradient(const Tensor& u, const Tensor& t) {
+  if (u.size(0) != 1 || t.size(0) == 1) return t;
+  if (Tensor sum; t.dim() == 2 && small_product({}, false, t, false, sum, 1, t.size(1), t.size(0))) return sum;
+  return t.sum(0, true);
 }
 
 // The sum over samples of a, each times its c (undefined: 1), for `count` samples; without the batch, a's dims in the
@@ -1164,6 +1168,26 @@ Tensor norms_of_samples(const Tensor& t) {
     kernels.norms(input(t, kernels), output(norms, kernels), batch, product(t.sizes()) / batch, stream);
   });
   return norms;
+}
+
+Tensor scaled_samples(const Tensor& t, const Tensor& factors) {
+  const auto scale = [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor result = fresh(t.sizes(), t.options());
+    const T *from = t.const_data_ptr<T>(), *factor = factors.const_data_ptr<T>();
+    T* to = result.mutable_data_ptr<T>();
+    const int64_t each = t.numel() / t.size(0);
+    for (int64_t sample = 0; sample < t.size(0); ++sample)
+      for (int64_t i = 0; i < each; ++i) *to++ = *from++ * factor[sample];
+    return result;
+  };
+  if (t.is_cpu() && t.is_contiguous() && t.numel() > 0 && t.numel() <= 4096) {
+    if (t.scalar_type() == at::kFloat) return scale(float());
+    if (t.scalar_type() == at::kDouble) return scale(double());
+  }
+  Shape shape(t.dim(), 1);
+  shape[0] = -1;
+  return t * factors.view(shape);
 }
 
 Penalized penalize(const Tensor& norms, const Penalty& penalty, double weight, bool differentiate) {

@@ -14,6 +14,7 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -36,6 +37,19 @@ inline Tensor fresh(IntArrayRef sizes, const at::TensorOptions& options,
   if (options.device().is_cpu())
     return Tensor(at::detail::empty_cpu(sizes, c10::typeMetaToScalarType(options.dtype()), false, format));
   return at::empty(sizes, options, format);
+}
+
+// t, which is dense, with this value everywhere; fill_ without the dispatcher where it is small.
+inline const Tensor& fill(const Tensor& t, double value) {
+  if (!t.is_cpu() || t.numel() > 4096)
+    t.fill_(value);
+  else if (t.scalar_type() == at::kFloat)
+    std::fill_n(t.mutable_data_ptr<float>(), t.numel(), static_cast<float>(value));
+  else if (t.scalar_type() == at::kDouble)
+    std::fill_n(t.mutable_data_ptr<double>(), t.numel(), value);
+  else
+    t.fill_(value);
+  return t;
 }
 
 // Rows [first, first + count) of a batch of `total`.
@@ -147,6 +161,9 @@ int64_t product(IntArrayRef shape);
 
 // The 2-norm of each sample, [batch]; t is dense.
 Tensor norms_of_samples(const Tensor& t);
+
+// t, which is contiguous, with each sample times its factor [batch], of t's dtype.
+Tensor scaled_samples(const Tensor& t, const Tensor& factors);
 
 // A penalty on the norms of gradients: Kernels::penalty.
 struct Penalized {

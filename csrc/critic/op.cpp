@@ -127,13 +127,6 @@ void check_loss(const Options& o, const Loss& l) {
                     ": power must be at least 1 and finite, got ", l.penalty.power);
 }
 
-// t [samples] to multiply what has so many samples and dimensions.
-Tensor per_sample(const Tensor& t, int64_t dims) {
-  Shape shape(dims, 1);
-  shape[0] = -1;
-  return t.view(shape);
-}
-
 // The 2-norm of each sample's gradient, over all inputs.
 Tensor norms_of(const Tensors& gradients) {
   Tensor norms;
@@ -151,8 +144,8 @@ Tensor score_weights(const Tensor& x, const Options& o, const Loss& l) {
   const int64_t fake = o.scored - l.real;
   const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor weights = fresh({o.scored}, x.options().dtype(dtype));
-  Rows{0, l.real, o.scored}.of(weights).fill_(-1.0 / static_cast<double>(l.real));
-  Rows{l.real, fake, o.scored}.of(weights).fill_(1.0 / static_cast<double>(fake));
+  fill(Rows{0, l.real, o.scored}.of(weights), -1.0 / static_cast<double>(l.real));
+  fill(Rows{l.real, fake, o.scored}.of(weights), 1.0 / static_cast<double>(fake));
   return weights;
 }
 
@@ -172,8 +165,7 @@ Evaluated apply(const Loss& l, const Engine::Forward& critic, const Tensor& weig
   if (weights.defined()) e.loss.add_(at::dot(e.scores, weights));
   if (!differentiate) return e;
 
-  for (const Tensor& gradient : critic.gradients)
-    e.of_gradients.push_back(gradient * per_sample(penalized.slopes, gradient.dim()));
+  for (const Tensor& gradient : critic.gradients) e.of_gradients.push_back(scaled_samples(gradient, penalized.slopes));
   return e;
 }
 
