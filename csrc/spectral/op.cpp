@@ -72,8 +72,8 @@ at::ScalarType compute_type(const Tensor& weight) {
 
 // Whether t is but a dense tensor on the CPU: no subclass, fake, batched or functional tensor.
 bool is_plain(const Tensor& t) {
-  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                       c10::DispatchKey::AutogradCPU});
+  constexpr c10::DispatchKeySet plain(
+      {c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU});
   return t.key_set() == plain && t.layout() == at::kStrided;
 }
 
