@@ -30,8 +30,6 @@ void accumulate(Tensor& sum, Tensor t) {
 
 Tensor take(Tensor& t) { return std::exchange(t, Tensor()); }
 
-at::ScalarType result_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
 // A uniform gradient as a whole batch, for layers that differ from sample to sample.
 Tensor for_layer(const Layer& layer, Tensor u, int64_t count) {
   if (u.size(0) == count || layer.takes_uniform()) return u;

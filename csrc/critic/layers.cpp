@@ -1181,7 +1181,7 @@ Tensor scaled_samples(const Tensor& t, const Tensor& factors) {
       for (int64_t i = 0; i < each; ++i) *to++ = *from++ * factor[sample];
     return result;
   };
-  if (t.is_cpu() && t.is_contiguous() && t.numel() > 0 && t.numel() <= 4096) {
+  if (t.is_cpu() && t.is_contiguous() && t.numel() > 0 && t.numel() <= kFewElements) {
     if (t.scalar_type() == at::kFloat) return scale(float());
     if (t.scalar_type() == at::kDouble) return scale(double());
   }

@@ -39,9 +39,17 @@ inline Tensor fresh(IntArrayRef sizes, const at::TensorOptions& options,
   return at::empty(sizes, options, format);
 }
 
+// The type of what is returned for inputs x.
+inline at::ScalarType result_dtype(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Up to how many elements a loop of our own takes less time than finding the way to a library's.
+constexpr int64_t kFewElements = 4096;
+
 // t, which is dense, with this value everywhere; fill_ without the dispatcher where it is small.
 inline const Tensor& fill(const Tensor& t, double value) {
-  if (!t.is_cpu() || t.numel() > 4096)
+  if (!t.is_cpu() || t.numel() > kFewElements)
     t.fill_(value);
   else if (t.scalar_type() == at::kFloat)
     std::fill_n(t.mutable_data_ptr<float>(), t.numel(), static_cast<float>(value));

@@ -142,8 +142,7 @@ Tensor norms_of(const Tensors& gradients) {
 Tensor score_weights(const Tensor& x, const Options& o, const Loss& l) {
   if (!o.scored) return {};
   const int64_t fake = o.scored - l.real;
-  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor weights = fresh({o.scored}, x.options().dtype(dtype));
+  const Tensor weights = fresh({o.scored}, x.options().dtype(result_dtype(x)));
   fill(Rows{0, l.real, o.scored}.of(weights), -1.0 / static_cast<double>(l.real));
   fill(Rows{l.real, fake, o.scored}.of(weights), 1.0 / static_cast<double>(fake));
   return weights;

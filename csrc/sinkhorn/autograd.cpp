@@ -1,11 +1,11 @@
 // Derivatives of Sinkhorn's operators.
+#include "autograd.h"
+
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <functional>
@@ -15,22 +15,9 @@
 #include <utility>
 #include <vector>
 
-#include "ops.h"
-
 namespace wgan_ext::sinkhorn {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-
-// The dispatcher's handle of an operator with the signature of `function`.
-#define WGAN_EXT_SINKHORN_HANDLE(function)                                                                      \
-  const auto& function##_op() {                                                                                 \
-    static const auto handle =                                                                                  \
-        c10::Dispatcher::singleton().findSchemaOrThrow("wgan_ext::" #function, "").typed<decltype(function)>(); \
-    return handle;                                                                                              \
-  }
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_divergence)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_matrix)
@@ -42,9 +29,7 @@ WGAN_EXT_SINKHORN_HANDLE(sinkhorn_softmin)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_softmin_gradient)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_hessian)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_matrix_hessian)
-#undef WGAN_EXT_SINKHORN_HANDLE
 
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor plain(const OptionalTensor& t) { return t.value_or(Tensor()); }
 
 // grad [] or [B] times a gradient of more dimensions, the first of which a ragged batch's offsets cut.
@@ -109,66 +94,17 @@ variable_list scaled_inputs(size_t count, const Tensor& grad, const Needs& needs
   return inputs;
 }
 
-// What the derivatives must know of the call.
-struct Kept {
-  std::string cost;
-  double power;
-  OptionalNumber rho_x, rho_y;
-  bool balanced() const { return !rho_x && !rho_y; }
-  void save(AutogradContext* ctx) const {
-    ctx->saved_data["cost"] = cost;
-    ctx->saved_data["power"] = power;
-    ctx->saved_data["rho_x"] = rho_x;
-    ctx->saved_data["rho_y"] = rho_y;
-  }
-  static Kept load(AutogradContext* ctx) {
-    return {ctx->saved_data["cost"].toStringRef(), ctx->saved_data["power"].toDouble(),
-            ctx->saved_data["rho_x"].toOptional<double>(), ctx->saved_data["rho_y"].toOptional<double>()};
-  }
-};
-
-// Refuses to differentiate what it computes: a sentence says what and why.
-class RefusedFunction : public torch::autograd::Function<RefusedFunction> {
- public:
-  static variable_list forward(AutogradContext* ctx, at::TensorList, const std::string& refusal,
-                               const std::function<variable_list()>& compute) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->saved_data["refusal"] = refusal;
-    return compute();
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, ctx->saved_data["refusal"].toStringRef());
-  }
-};
-
 constexpr const char* kOfGradients =
     "sinkhorn: the operators of its gradient have no derivatives of their own; differentiate the cost twice";
 constexpr const char* kRagged =
     "sinkhorn: second derivatives of a ragged batch are not implemented; take its problems one by one, or pad them "
-    "with "
-    "points of weight 0";
+    "with points of weight 0";
 constexpr const char* kThird =
     "sinkhorn: third derivatives are not implemented; detach the second derivative of a sinkhorn cost before "
     "differentiating through it";
 constexpr const char* kOfPotentials =
     "TransportPlan: second derivatives of a potential at new points are not implemented; detach its gradient before "
     "differentiating through it";
-
-// Those that are there.
-variable_list present(std::initializer_list<OptionalTensor> tensors) {
-  variable_list some;
-  for (const OptionalTensor& t : tensors)
-    if (t && t->defined()) some.push_back(*t);
-  return some;
-}
-
-Tensor refused(const char* refusal, std::initializer_list<OptionalTensor> inputs,
-               const std::function<Tensor()>& compute) {
-  const variable_list some = present(inputs);
-  return RefusedFunction::apply(at::TensorList(some), std::string(refusal),
-                                std::function([&] { return variable_list{compute()}; }))[0];
-}
 
 // A cost's gradient in the points and weights that need one, by the envelope theorem: the dual's partial derivatives at
 // the returned potentials. Its derivative lets them move.
@@ -485,8 +421,9 @@ Tensor gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor&
                          OptionalNumber rho_x, OptionalNumber rho_y, const OptionalTensor& offsets_x,
                          const OptionalTensor& offsets_y) {
   return refused(kOfGradients, {x, y, a, b}, [&] {
-    return sinkhorn_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, offsets_x, offsets_y);
-  });
+    return variable_list{
+        sinkhorn_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, offsets_x, offsets_y)};
+  })[0];
 }
 
 Tensor weight_gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
@@ -494,14 +431,15 @@ Tensor weight_gradient_autograd(const Tensor& x, const Tensor& y, const Optional
                                 OptionalNumber rho_x, OptionalNumber rho_y, const OptionalTensor& offsets_x,
                                 const OptionalTensor& offsets_y) {
   return refused(kOfGradients, {x, y, a, b}, [&] {
-    return sinkhorn_weight_gradient_op().call(x, y, a, b, f, epsilon, cost, power, rho_x, rho_y, offsets_x, offsets_y);
-  });
+    return variable_list{
+        sinkhorn_weight_gradient_op().call(x, y, a, b, f, epsilon, cost, power, rho_x, rho_y, offsets_x, offsets_y)};
+  })[0];
 }
 
 Tensor matrix_gradient_autograd(const Tensor& costs, const OptionalTensor& a, const OptionalTensor& b, const Tensor& f,
                                 const Tensor& g, const Tensor& epsilon) {
   return refused(kOfGradients, {costs, a, b},
-                 [&] { return sinkhorn_matrix_gradient_op().call(costs, a, b, f, g, epsilon); });
+                 [&] { return variable_list{sinkhorn_matrix_gradient_op().call(costs, a, b, f, g, epsilon)}; })[0];
 }
 
 Tensor transport_autograd(const Tensor& values, const Tensor& x, const Tensor& y, const OptionalTensor& a,
@@ -519,33 +457,30 @@ Tensor softmin_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& 
 
 Tensor softmin_gradient_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& b, const Tensor& f,
                                  const Tensor& g, const Tensor& epsilon, std::string_view cost, double power) {
-  return refused(kOfPotentials, {x, y, b},
-                 [&] { return sinkhorn_softmin_gradient_op().call(x, y, b, f, g, epsilon, cost, power); });
+  return refused(kOfPotentials, {x, y, b}, [&] {
+    return variable_list{sinkhorn_softmin_gradient_op().call(x, y, b, f, g, epsilon, cost, power)};
+  })[0];
 }
 
 Four hessian_autograd(const OptionalTensor& dx, const OptionalTensor& dy, const OptionalTensor& da,
                       const OptionalTensor& db, const Tensor& x, const Tensor& y, const OptionalTensor& a,
                       const OptionalTensor& b, const Tensor& f, const Tensor& g, const Tensor& epsilon,
                       std::string_view cost, double power, OptionalNumber rho_x, OptionalNumber rho_y) {
-  const variable_list inputs = present({dx, dy, da, db, x, y, a, b});
-  const variable_list r = RefusedFunction::apply(at::TensorList(inputs), std::string(kThird), std::function([&] {
-                                                   const auto [hx, hy, ha, hb] =
-                                                       sinkhorn_hessian_op().call(dx, dy, da, db, x, y, a, b, f, g,
-                                                                                  epsilon, cost, power, rho_x, rho_y);
-                                                   return variable_list{hx, hy, ha, hb};
-                                                 }));
+  const variable_list r = refused(kThird, {dx, dy, da, db, x, y, a, b}, [&] {
+    const auto [hx, hy, ha, hb] =
+        sinkhorn_hessian_op().call(dx, dy, da, db, x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y);
+    return variable_list{hx, hy, ha, hb};
+  });
   return {r[0], r[1], r[2], r[3]};
 }
 
 Three matrix_hessian_autograd(const OptionalTensor& dc, const OptionalTensor& da, const OptionalTensor& db,
                               const Tensor& costs, const OptionalTensor& a, const OptionalTensor& b, const Tensor& f,
                               const Tensor& g, const Tensor& epsilon, OptionalNumber rho_x, OptionalNumber rho_y) {
-  const variable_list inputs = present({dc, da, db, costs, a, b});
-  const variable_list r = RefusedFunction::apply(at::TensorList(inputs), std::string(kThird), std::function([&] {
-                                                   const auto [hc, ha, hb] = sinkhorn_matrix_hessian_op().call(
-                                                       dc, da, db, costs, a, b, f, g, epsilon, rho_x, rho_y);
-                                                   return variable_list{hc, ha, hb};
-                                                 }));
+  const variable_list r = refused(kThird, {dc, da, db, costs, a, b}, [&] {
+    const auto [hc, ha, hb] = sinkhorn_matrix_hessian_op().call(dc, da, db, costs, a, b, f, g, epsilon, rho_x, rho_y);
+    return variable_list{hc, ha, hb};
+  });
   return {r[0], r[1], r[2]};
 }
 

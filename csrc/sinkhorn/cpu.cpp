@@ -258,20 +258,28 @@ struct Kept {
   int32_t from[kBlockTiles], to[kBlockTiles];  // tiles
 };
 
+// The greatest value(i) of i in [begin, end), kLogZero of none; NaN if one is, which is below and above nothing.
+template <typename T, typename Value>
+WGAN_EXT_INLINE T greatest_of(int64_t begin, int64_t end, const Value& value) {
+  T top = T(kLogZero);
+  for (int64_t i = begin; i < end; ++i) {
+    const T v = value(i);
+    top = v <= top ? top : v;
+    if (!(v == v)) break;
+  }
+  return top;
+}
+
 // The greatest exponent of the tiles of columns, but for distance; the number of columns is in it.
 template <typename T>
 void set_tops(const Cloud<T>& columns, T scale) {
-  const int64_t tiles = ceil_div(columns.count, kTile), stride = box_stride(columns.count);
+  const int64_t stride = box_stride(columns.count);
   T* tops = columns.boxes + 2 * columns.dim * stride;
   constexpr int64_t per_chunk = kVectorChunk / kTile;
   parallel_for(ceil_div(stride, per_chunk), [&](int64_t chunk) {
     for (int64_t tile = chunk * per_chunk; tile < least((chunk + 1) * per_chunk, stride); ++tile) {
-      T top = T(kLogZero);
-      for (int64_t j = tile * kTile; tile < tiles && j < least((tile + 1) * kTile, columns.count); ++j) {
-        const T v = columns.bias[j] + scale * columns.aligned[j];
-        top = v <= top ? top : v;
-        if (!(v == v)) break;  // NaN, which is below and above nothing
-      }
+      const T top = greatest_of<T>(tile * kTile, least((tile + 1) * kTile, columns.count),
+                                   [&](int64_t j) { return columns.bias[j] + scale * columns.aligned[j]; });
       tops[tile] = top + 5;  // log2 kTile
     }
   });
@@ -335,12 +343,9 @@ void pruned_sums(const Pass<T>& pass, const Cloud<T>& rows, const Cloud<T>& colu
   for (int64_t i = begin; i < end; ++i) total[i - begin] = 0;
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t last = least(first + kTile, end);
-    T top = T(kLogZero), lost = 0;
-    for (int64_t i = first; i < least(last, rows.count); ++i) {
-      const T v = shift[i - begin] + pass.scale * rows.aligned[i];
-      top = v <= top ? top : v;
-      if (!(v == v)) break;
-    }
+    T lost = 0;
+    const T top = greatest_of<T>(first, least(last, rows.count),
+                                 [&](int64_t i) { return shift[i - begin] + pass.scale * rows.aligned[i]; });
     for (int64_t block = 0; block < tiles; block += kBlockTiles) {
       keep<cost>(pass, rows, columns, first / kTile, top, block, least(block + kBlockTiles, tiles), kept, lost);
       for (int64_t i = first; i < last; i += kRows) {
@@ -835,12 +840,9 @@ void plan_chunk(const Control& control, const Cloud<T>& rows, const Cloud<T>& co
     for (int r = 0; r < kRows; ++r) {
       shift[r] = r < n ? rows.log_weights[i + r] + scale * (rows.potential[i + r] - rows.squares[i + r]) : T(kLogZero);
     }
-    T top = T(kLogZero);
-    for (int64_t r = 0; prune && r < n; ++r) {
-      const T v = scale * (rows.potential[i + r] - rows.squares[i + r] + rows.aligned[i + r]);
-      top = v <= top ? top : v;
-      if (!(v == v)) break;
-    }
+    const T top = greatest_of<T>(i, prune ? i + n : i, [&](int64_t k) {
+      return scale * (rows.potential[k] - rows.squares[k] + rows.aligned[k]);
+    });
     const auto add = [&](int64_t from, int64_t to) {
       T weight[kRows][block];
       for (int64_t j = from; j < to; j += kPanel<T>) {
@@ -874,7 +876,7 @@ void plan_chunk(const Control& control, const Cloud<T>& rows, const Cloud<T>& co
         }
       }
       const T* source = derivative ? columns.columns : values;
-      const auto keep = [&](int64_t d, const Vec<T>(&total)[kRows]) {
+      const auto collect = [&](int64_t d, const Vec<T>(&total)[kRows]) {
         if (held)
           for (int r = 0; r < kRows; ++r) sums[d][r] = sums[d][r] + total[r];
         else
@@ -884,13 +886,13 @@ void plan_chunk(const Control& control, const Cloud<T>& rows, const Cloud<T>& co
       for (; product && d + 1 < width; d += 2) {
         Vec<T> total[2][kRows];
         weigh<2>(weight, source, width, d, from, to, total);
-        keep(d, total[0]);
-        keep(d + 1, total[1]);
+        collect(d, total[0]);
+        collect(d + 1, total[1]);
       }
       for (; product && d < width; ++d) {
         Vec<T> total[1][kRows];
         weigh<1>(weight, source, width, d, from, to, total);
-        keep(d, total[0]);
+        collect(d, total[0]);
       }
       if constexpr (derivative) {
         for (; d < width; ++d) {
@@ -913,7 +915,7 @@ void plan_chunk(const Control& control, const Cloud<T>& rows, const Cloud<T>& co
               }
             }
           }
-          keep(d, total);
+          collect(d, total);
         }
       }
     };

@@ -2,16 +2,14 @@
 // derivatives. x, y, a and b are the whole problem, the same in every process, which owns some rows of x and of y:
 // those of its rank, the counts being of all. A gradient in points is that of the process's own rows, 0 in all others.
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <functional>
 #include <string>
 #include <vector>
 
-#include "ops.h"
+#include "autograd.h"
 
 namespace wgan_ext::sinkhorn {
 
@@ -31,22 +29,10 @@ Tensor sinkhorn_group_gradient(const Tensor& x, const Tensor& y, const OptionalT
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-
-// The dispatcher's handle of an operator with the signature of `function`.
-#define WGAN_EXT_SINKHORN_HANDLE(function)                                                                      \
-  const auto& function##_op() {                                                                                 \
-    static const auto handle =                                                                                  \
-        c10::Dispatcher::singleton().findSchemaOrThrow("wgan_ext::" #function, "").typed<decltype(function)>(); \
-    return handle;                                                                                              \
-  }
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_group)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_divergence_group)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_group_gradient)
 WGAN_EXT_SINKHORN_HANDLE(sinkhorn_weight_gradient)
-#undef WGAN_EXT_SINKHORN_HANDLE
 
 Exchange exchange_of(const char* op, const Tensor& x, const Tensor& y, std::string_view group, int64_t rank,
                      at::IntArrayRef counts_x, at::IntArrayRef counts_y) {
@@ -62,47 +48,23 @@ Exchange exchange_of(const char* op, const Tensor& x, const Tensor& y, std::stri
   return {std::string(group), rank, counts_x, counts_y, x.device()};
 }
 
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+// The potentials that gradients hold fixed move with the points of all processes.
+constexpr const char* kOnce =
+    "sinkhorn: second derivatives are not implemented with a group; detach the gradient of a sinkhorn cost before "
+    "differentiating through it";
 
-// Gradients have no derivative: the potentials that they hold fixed move with the points of all processes.
-class OnceFunction : public torch::autograd::Function<OnceFunction> {
- public:
-  static Tensor forward(AutogradContext*, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                        const std::function<Tensor()>& compute) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return compute();
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false,
-                                "sinkhorn: second derivatives are not implemented with a group; detach the gradient of "
-                                "a sinkhorn cost before differentiating through it");
-  }
-};
-
-// What the derivatives must know of the call.
-struct Kept {
-  std::string cost;
-  double power;
-  OptionalNumber rho_x, rho_y;
+// What the derivatives must know of the call besides: the own rows.
+struct KeptRows : Kept {
   Range of_x, of_y;
 
   void save(AutogradContext* ctx) const {
-    ctx->saved_data["cost"] = cost;
-    ctx->saved_data["power"] = power;
-    ctx->saved_data["rho_x"] = rho_x;
-    ctx->saved_data["rho_y"] = rho_y;
+    Kept::save(ctx);
     ctx->saved_data["rows"] = std::vector<int64_t>{of_x.begin, of_x.count, of_y.begin, of_y.count};
   }
 
-  static Kept load(AutogradContext* ctx) {
+  static KeptRows load(AutogradContext* ctx) {
     const auto rows = ctx->saved_data["rows"].toIntVector();
-    return {ctx->saved_data["cost"].toStringRef(),
-            ctx->saved_data["power"].toDouble(),
-            ctx->saved_data["rho_x"].toOptional<double>(),
-            ctx->saved_data["rho_y"].toOptional<double>(),
-            {rows[0], rows[1]},
-            {rows[2], rows[3]}};
+    return {Kept::load(ctx), {rows[0], rows[1]}, {rows[2], rows[3]}};
   }
 };
 
@@ -132,7 +94,7 @@ struct Seen {
   }
   // grad times the gradient that compute returns, which is differentiated no further.
   Tensor times(const Tensor& grad, const std::function<Tensor()>& compute) const {
-    const Tensor gradient = OnceFunction::apply(x, y, a, b, compute);
+    const Tensor gradient = refused(kOnce, {x, y, a, b}, [&] { return variable_list{compute()}; })[0];
     return grad.to(gradient.scalar_type()) * gradient;
   }
 };
@@ -142,7 +104,7 @@ template <typename Points, typename Weights>
 variable_list gradients(AutogradContext* ctx, const Tensor& grad, size_t inputs, const Points& points,
                         const Weights& weights) {
   const variable_list saved = ctx->get_saved_variables();
-  const Kept kept = Kept::load(ctx);
+  const KeptRows kept = KeptRows::load(ctx);
   const Seen from_x{saved[0],   saved[1],   optional(saved[2]), optional(saved[3]), saved[4], kept.cost,
                     kept.power, kept.rho_x, kept.rho_y,         kept.of_x,          kept.of_y},
       from_y = from_x.turned();
@@ -159,7 +121,7 @@ variable_list gradients(AutogradContext* ctx, const Tensor& grad, size_t inputs,
 class GroupFunction : public torch::autograd::Function<GroupFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& a,
-                               const OptionalTensor& b, const Kept& kept, const std::function<Nine()>& solve) {
+                               const OptionalTensor& b, const KeptRows& kept, const std::function<Nine()>& solve) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [value, f, g, fc, gc, error, iterations, converged, used] = solve();
     kept.save(ctx);
@@ -181,7 +143,7 @@ class GroupFunction : public torch::autograd::Function<GroupFunction> {
 class DivergenceGroupFunction : public torch::autograd::Function<DivergenceGroupFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& a,
-                               const OptionalTensor& b, const Kept& kept, const std::function<Nine()>& solve) {
+                               const OptionalTensor& b, const KeptRows& kept, const std::function<Nine()>& solve) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [value, f, g, p, q, error, iterations, converged, used] = solve();
     kept.save(ctx);
@@ -209,9 +171,10 @@ class DivergenceGroupFunction : public torch::autograd::Function<DivergenceGroup
 Tensor refused_gradient(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
                         const Tensor& f, const Tensor& g, const Tensor& epsilon, std::string_view cost, double power,
                         OptionalNumber rho_x, OptionalNumber rho_y, int64_t begin, int64_t count) {
-  return OnceFunction::apply(x, y, a, b, [&] {
-    return sinkhorn_group_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, begin, count);
-  });
+  return refused(kOnce, {x, y, a, b}, [&] {
+    return variable_list{
+        sinkhorn_group_gradient_op().call(x, y, a, b, f, g, epsilon, cost, power, rho_x, rho_y, begin, count)};
+  })[0];
 }
 
 Nine nine(const variable_list& t) { return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]}; }
@@ -221,7 +184,7 @@ Nine differentiable(const Tensor& x, const Tensor& y, const OptionalTensor& a, c
                     OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
                     OptionalNumber relaxation, int64_t memory_limit, const OptionalTensor& f, const OptionalTensor& g,
                     std::string_view group, int64_t rank, at::IntArrayRef counts_x, at::IntArrayRef counts_y) {
-  const Kept kept{std::string(cost), power, rho_x, rho_y, rows_of(rank, counts_x), rows_of(rank, counts_y)};
+  const KeptRows kept{{std::string(cost), power, rho_x, rho_y}, rows_of(rank, counts_x), rows_of(rank, counts_y)};
   return nine(GroupFunction::apply(x, y, a, b, kept, [&] {
     return sinkhorn_group_op().call(x, y, a, b, cost, power, rho_x, rho_y, epsilon, scaling, tol, max_iter, relaxation,
                                     memory_limit, f, g, group, rank, counts_x, counts_y);
@@ -233,7 +196,7 @@ Nine differentiable_divergence(const Tensor& x, const Tensor& y, const OptionalT
                                OptionalNumber epsilon, OptionalNumber scaling, double tol, int64_t max_iter,
                                OptionalNumber relaxation, int64_t memory_limit, std::string_view group, int64_t rank,
                                at::IntArrayRef counts_x, at::IntArrayRef counts_y) {
-  const Kept kept{std::string(cost), power, rho_x, rho_y, rows_of(rank, counts_x), rows_of(rank, counts_y)};
+  const KeptRows kept{{std::string(cost), power, rho_x, rho_y}, rows_of(rank, counts_x), rows_of(rank, counts_y)};
   return nine(DivergenceGroupFunction::apply(x, y, a, b, kept, [&] {
     return sinkhorn_divergence_group_op().call(x, y, a, b, cost, power, rho_x, rho_y, epsilon, scaling, tol, max_iter,
                                                relaxation, memory_limit, group, rank, counts_x, counts_y);

@@ -41,15 +41,6 @@ void warn_unless_converged(const Request& request, std::initializer_list<const S
   }
 }
 
-// Calls body with a value of the kernels' type.
-template <typename Body>
-auto with_type(at::ScalarType type, const Body& body) {
-  return type == at::kDouble ? body(double{}) : body(float{});
-}
-
-// The result of a batch, or of the one problem that was given.
-Tensor given_form(const Tensor& t, bool batch) { return batch ? t : t.squeeze(0); }
-
 bool is_batch(const Tensor& points, const OptionalTensor& offsets) { return offsets || points.dim() == 3; }
 
 // The potential to start from, of the centred problem.

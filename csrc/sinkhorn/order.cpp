@@ -16,12 +16,6 @@ namespace wgan_ext::sinkhorn {
 
 namespace {
 
-// Calls body with a value of the measure's type.
-template <typename Body>
-auto with_type(const Measure& m, const Body& body) {
-  return m.points.scalar_type() == at::kDouble ? body(double{}) : body(float{});
-}
-
 // A part of a cloud, [begin, end) of `order`, divided in whole tiles across its widest coordinate.
 template <typename T>
 class Tree {
@@ -75,7 +69,7 @@ Tensor order_of(const Measure& m, const std::vector<bool>& chosen) {
   const Tensor order = at::empty({m.weights.numel()}, m.points.options().dtype(at::kLong));
   int64_t* all = order.mutable_data_ptr<int64_t>();
   std::iota(all, all + order.numel(), int64_t{0});
-  with_type(m, [&](auto scalar) {
+  with_type(m.points.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     Tree<T> tree(m.points.const_data_ptr<T>(), dim, all, order.numel());
     std::vector<std::pair<int64_t, int64_t>> shares;
@@ -144,7 +138,7 @@ Tiles tiles_of(const Measure& m, const Measure& other, Cost cost) {
   const int64_t strides =
       m.segments.ragged() ? first_of_padded(m.segments.first(problems), problems, kBoxUnit) / kTile : problems * stride;
   Tiles tiles{at::zeros({strides * fields}, m.points.options()), at::empty_like(m.squares)};
-  with_type(m, [&](auto scalar) {
+  with_type(m.points.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     for (int64_t p = 0; p < problems; ++p) {
       const int64_t first = m.segments.first(p), count = m.segments.count(p), width = box_stride(count);

@@ -57,6 +57,7 @@ Request parse(const Terms& terms, OptionalNumber epsilon, OptionalNumber scaling
 at::ScalarType kernel_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 Tensor batched(const Tensor& t, int64_t dim) { return t.dim() == dim ? t.unsqueeze(0) : t; }
+Tensor given_form(const Tensor& t, bool batch) { return batch ? t : t.squeeze(0); }
 
 namespace {
 

@@ -71,8 +71,16 @@ struct Problem {
 
 at::ScalarType kernel_type(const Tensor& t);
 
-// With a batch's dimension, which a tensor of `dim` dimensions lacks.
+// Calls body with a value of the kernels' type.
+template <typename Body>
+auto with_type(at::ScalarType type, const Body& body) {
+  return type == at::kDouble ? body(double{}) : body(float{});
+}
+
+// With a batch's dimension, which a tensor of `dim` dimensions lacks; and the result of a batch, or of the one problem
+// that was given.
 Tensor batched(const Tensor& t, int64_t dim);
+Tensor given_form(const Tensor& t, bool batch);
 
 // [N] for points [N, D], [B, N] for points [B, N, D].
 at::IntArrayRef shape_of_weights(const Tensor& points);

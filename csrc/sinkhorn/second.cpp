@@ -316,9 +316,9 @@ Four sinkhorn_hessian(const OptionalTensor& dx, const OptionalTensor& dy, const 
   check_tangent(op, "da", da, shape_of_weights(x), f);
   check_tangent(op, "db", db, shape_of_weights(y), f);
   const Tensor temperature = epsilon.to(at::kDouble).expand({p.problems()}).contiguous();
-  const auto [hx, hy, ha, hb] = kernel_type(x) == at::kDouble ? hessian<double>(p, dx, dy, da, db, f, g, temperature)
-                                                              : hessian<float>(p, dx, dy, da, db, f, g, temperature);
-  const auto form = [&](const Tensor& t, at::ScalarType type) { return (x.dim() == 3 ? t : t.squeeze(0)).to(type); };
+  const auto [hx, hy, ha, hb] = with_type(
+      kernel_type(x), [&](auto scalar) { return hessian<decltype(scalar)>(p, dx, dy, da, db, f, g, temperature); });
+  const auto form = [&](const Tensor& t, at::ScalarType type) { return given_form(t, x.dim() == 3).to(type); };
   return {form(hx, x.scalar_type()), form(hy, y.scalar_type()), form(ha, f.scalar_type()), form(hb, g.scalar_type())};
 }
 
@@ -369,7 +369,7 @@ Three sinkhorn_matrix_hessian(const OptionalTensor& dc, const OptionalTensor& da
   if (da) change.add_(row(va) * column(wb));
   if (db) change.add_(row(wa) * column(vb));
   change.mul_(plan);
-  const auto form = [&](const Tensor& t, at::ScalarType to) { return (costs.dim() == 3 ? t : t.squeeze(0)).to(to); };
+  const auto form = [&](const Tensor& t, at::ScalarType to) { return given_form(t, costs.dim() == 3).to(to); };
   return {form(change, costs.scalar_type()), form(weight_tangent(move.f, soft_x, scale, rho_x, vb), f.scalar_type()),
           form(weight_tangent(move.g, soft_y, scale, rho_y, va), g.scalar_type())};
 }
